@@ -1,0 +1,75 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from headinit.data.builtin import load_digits, load_pydocs
+from headinit.data.folders import load_imagefolder
+from headinit.data.hub import load_hub
+from headinit.data.splits import DataSplits, check_splits, with_subset
+from headinit.data.tables import load_table
+from headinit.data.torchvision_sets import load_torchvision
+from headinit.errors import DataError, unknown_name
+
+LOADERS: dict[str, Callable[..., DataSplits]] = {
+    "digits": load_digits,
+    "pydocs": load_pydocs,
+    "imagefolder": load_imagefolder,
+    "csv": load_table,
+    "hub": load_hub,
+    "torchvision": load_torchvision,
+}
+
+
+def load_data(
+    name: str,
+    *,
+    seed: int = 0,
+    validation: float | int = 0.2,
+    per_class: int | None = None,
+    train_size: float | int | None = None,
+    **options: Any,
+) -> DataSplits:
+    """The splits of a data set, checked.
+
+    Args:
+        name: digits, pydocs, imagefolder, csv (all tables), hub or torchvision.
+        seed: of the splits and subsets (not of training).
+        validation: share (float) or number (int) of training examples that select, where the data bring no such split;
+            stratified by class.
+        per_class: keep this many training examples of each class; a smaller choice is contained in a larger one.
+        train_size: keep this many (int) or this share (float) of the training examples, stratified.
+        **options: of that data set; see `known_options`.
+
+    Raises:
+        DataError: an unknown name or option; data that are not there, unreadable, or of one class only.
+
+    Example:
+        >>> splits = load_data("digits", per_class=5)
+        >>> len(splits.train), splits.class_names[:3], splits.modality
+        (50, ('0', '1', '2'), 'image')
+    """
+    if name not in LOADERS:
+        raise unknown_name("data set", name, LOADERS, DataError)
+    known = known_options(name)
+    for option in options:
+        if option not in known:
+            if not known:
+                raise DataError(f"data={name} has no options of its own: remove data.{option}.")
+            raise unknown_name(f"option of data={name}", option, known, DataError)
+    splits = check_splits(LOADERS[name](seed=seed, validation=validation, **options))
+    return with_subset(splits, seed=seed, per_class=per_class, train_size=train_size)
+
+
+def known_options(name: str) -> dict[str, Any]:
+    """The options of a data set and their defaults.
+
+    Example:
+        >>> known_options("pydocs")
+        {'sentences_per_library': 400}
+    """
+    parameters = inspect.signature(LOADERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("seed", "validation")}

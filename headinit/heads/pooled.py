@@ -1,0 +1,167 @@
+"""A backbone that has no head of its own, or whose own pooling is not wanted: tokens in, one pooled feature, a head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from headinit.errors import HeadError, unknown_name
+from headinit.heads.locate import library_of
+from headinit.heads.modules import POOLINGS, TOKEN_KINDS
+
+
+class HeadedBackbone(nn.Module):
+    """`head(pool(tokens))`: called as the backbone is called, with `labels` too where the backbone is of transformers.
+
+    Attributes:
+        backbone: gives tokens `(B, T, d)` or a map `(B, d, h, w)`.
+        pooling: ``"cls"``, ``"pooler"``, ``"mean"``, ``"max"``, ``"last"``, or ``"none"`` for a head that looks at all tokens.
+        head: gives logits `(B, K)`.
+    """
+
+    def __init__(self, backbone: nn.Module, pooling: str, head: nn.Module, library: str) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+        self.pooling, self.library = pooling, library
+        # transformers' Trainer and pipelines look for these on any model they are given.
+        if library == "transformers":
+            self.config: Any = backbone.config
+            self.main_input_name = getattr(backbone, "main_input_name", "input_ids")
+
+    @property
+    def num_labels(self) -> int:
+        """Number of logits K."""
+        return int(self.head.out_features)  # type: ignore[arg-type]
+
+    def forward(self, *args: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
+        """Logits `(B, K)`; for a transformers backbone a `SequenceClassifierOutput`, with `loss` if `labels` are given."""
+        if self.library != "transformers":
+            features = body_features(self.backbone, *args, **inputs)
+            return self.head(pool_tokens(features, self.pooling)) if self.pooling != "none" else self.head(features)
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        inputs.pop("return_dict", None)
+        mask = inputs.get("attention_mask")
+        output = self.backbone(*args, **inputs, return_dict=True)
+        logits = self._logits(output, mask)
+        loss = None if labels is None else self._loss(logits, labels)
+        return SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=getattr(output, "hidden_states", None),
+            attentions=getattr(output, "attentions", None),
+        )
+
+    def _logits(self, output: Any, mask: Tensor | None) -> Tensor:
+        tokens = output.last_hidden_state
+        if mask is not None and (mask.ndim != 2 or tokens.ndim != 3 or mask.shape[1] != tokens.shape[1]):
+            mask = None  # a mask over something else, such as pixels or a longer input that the backbone shortened
+        if self.pooling == "none":
+            return self.head(tokens, mask)
+        if self.pooling == "pooler":
+            return self.head(output.pooler_output.flatten(1))
+        return self.head(pool_tokens(tokens, self.pooling, mask))
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = getattr(self.config, "problem_type", None) or "single_label_classification"
+        if kind == "regression":
+            return F.mse_loss(logits.view(labels.shape), labels.to(logits.dtype))
+        if kind == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+def pool_tokens(features: Tensor, pooling: str, mask: Tensor | None = None) -> Tensor:
+    """One feature `(B, d)` of tokens `(B, T, d)` or a map `(B, d, h, w)`; padding, where `mask` is 0, does not count.
+
+    Example:
+        >>> pool_tokens(torch.tensor([[[1.0], [3.0], [9.0]]]), "mean", torch.tensor([[1, 1, 0]]))
+        tensor([[2.]])
+    """
+    if features.ndim == 2:
+        return features
+    tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+    real = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask != 0
+    if pooling == "mean":
+        weights = real.unsqueeze(-1).to(tokens.dtype)
+        return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
+    if pooling == "max":
+        return tokens.masked_fill(~real.unsqueeze(-1), torch.finfo(tokens.dtype).min).amax(1)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand(real.shape)
+    if pooling == "cls":  # the first real token: the padding may be on the left
+        index = positions.masked_fill(~real, tokens.shape[1]).amin(1).clamp(max=tokens.shape[1] - 1)
+    elif pooling == "last":
+        index = positions.masked_fill(~real, 0).amax(1)
+    else:
+        raise unknown_name("pooling", pooling, ("native", *POOLINGS), HeadError)
+    return tokens[torch.arange(len(tokens), device=tokens.device), index]
+
+
+def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:
+    """Tokens `(B, T, d)` or a map `(B, d, h, w)` of a timm model, or of any module that gives them."""
+    features = backbone.forward_features(*args, **inputs) if hasattr(backbone, "forward_features") else backbone(*args, **inputs)
+    if isinstance(features, tuple):
+        features = features[0]
+    if features.ndim == 4 and str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
+        features = features.permute(0, 3, 1, 2)
+    return features
+
+
+def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, int, str]:
+    """The part of a model that gives tokens, the width of its features, and how they are pooled.
+
+    Raises:
+        HeadError: the model has no such part, or no pooler where one is asked for.
+    """
+    if pooling not in ("native", *POOLINGS):
+        raise unknown_name("pooling", pooling, ("native", *POOLINGS), HeadError)
+    if head in TOKEN_KINDS and pooling != "native":
+        raise HeadError(f"A head of kind {head} pools by itself; leave pooling='native' (it was {pooling!r}).")
+    chosen = "none" if head in TOKEN_KINDS else "mean" if pooling == "native" else pooling
+    library = library_of(model)
+    if library == "transformers":
+        body = _transformers_body(model)
+        if chosen == "pooler" and not _has_pooler(body):
+            raise HeadError(f"{type(body).__name__} has no pooler. Use pooling=mean, cls, max or last.")
+        return body, _transformers_width(body), chosen
+    if library == "timm" and hasattr(model, "forward_features"):
+        if chosen == "pooler":
+            raise HeadError(f"{type(model).__name__} has no pooler. Use pooling=mean, cls, max or last.")
+        return model, int(model.num_features), chosen  # type: ignore[arg-type]
+    raise HeadError(
+        f"Cannot take tokens out of {type(model).__name__} ({library}): only transformers and timm models give them. "
+        "Use head=linear, mlp or cosine with pooling=native."
+    )
+
+
+def _transformers_body(model: Any) -> nn.Module:
+    body = model.base_model
+    if body is model and "For" in type(model).__name__:
+        # CLIP-like classes: `base_model` is the classifier itself; its largest child without a head is the body.
+        children = [child for child in model.children() if hasattr(child, "config")]
+        if not children:
+            raise HeadError(f"{type(model).__name__} does not say which part of it is the backbone.")
+        body = max(children, key=lambda child: sum(p.numel() for p in child.parameters()))
+    if getattr(body.config, "is_encoder_decoder", False) and hasattr(body, "get_encoder"):
+        body = body.get_encoder()
+    return body
+
+
+def _has_pooler(body: nn.Module) -> bool:
+    return any(name.split(".")[-1] == "pooler" and any(True for _ in m.parameters()) for name, m in body.named_modules())
+
+
+def _transformers_width(body: Any) -> int:
+    config = body.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("hidden_size", "d_model", "dim", "n_embd", "embed_dim"):
+        width = getattr(config, name, None)
+        if isinstance(width, int):
+            return width
+    sizes = getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None) or getattr(config, "depths", None)
+    if isinstance(sizes, list | tuple) and sizes:
+        return int(sizes[-1])
+    raise HeadError(f"{type(body).__name__} does not say how wide its hidden states are (no config.hidden_size).")

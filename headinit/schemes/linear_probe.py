@@ -1,0 +1,454 @@
+"""Heads that minimise the cross-entropy: multinomial logistic regression, to the end or stopped early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headinit.errors import SchemeError, unknown_name
+from headinit.features.extract import FeatureSet
+from headinit.features.moments import Moments
+from headinit.features.rotation import Rotation, rotation_of
+from headinit.schemes.calibration import (
+    Calibration,
+    calibrate,
+    check_missing,
+    class_features_for,
+    finish,
+    folds_of,
+    present_moments,
+    present_only,
+    scorable,
+)
+from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme, check_positive
+
+FEATURES = ("auto", "raw", "standardised")
+
+# Penalties per example in units of the mean variance of a feature, from strong to weak: two a decade.
+PENALTY_GRID = tuple(10 ** (-k / 2) for k in range(-4, 9))
+# A path is left when two strengths in a row have not lowered the held-out loss by this share, and the strongest penalty
+# within this share of the least loss is taken: weaker ones cost time and norm for nothing.
+GAIN = 0.005
+
+
+@dataclass(frozen=True)
+class ProbeFit:
+    """A logistic regression in rotated features.
+
+    Attributes:
+        weight: `(K, r)`; bias: `(K,)`, float64.
+        objective: mean loss plus penalty / 2 |W|^2.
+        iterations: L-BFGS iterations taken.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    objective: float
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Probe(Scheme):
+    """Multinomial logistic regression: argmin C sum_i -log softmax(W x_i + b)[y_i] + |W|^2 / 2, b not penalised.
+
+    The start of LP-FT (Kumar et al. 2022) and the protocol of Kornblith et al. (2019). Solved by L-BFGS in the
+    principal axes of the features, scaled so that the Hessian is near the identity, over a path of C from strong to
+    weak penalties, each solve starting at the last. C, and raw or standardised features, are those with the least
+    loss on stratified folds; standardisation is folded into (W, b). C means what it means in scikit-learn (with two
+    classes, scikit-learn penalises one row where this penalises two: its C is twice this one).
+
+    Attributes:
+        inverse_strength: C; None chooses it.
+        features: ``"raw"``, ``"standardised"`` or ``"auto"``, the better one.
+        folds: number of folds that choose.
+        calibrate: multiply by a scale fitted on the held-out scores, where C was chosen.
+        tolerance: L-BFGS stops when an iteration improves the objective by less than this share.
+        max_iterations: L-BFGS stops after this many iterations at the latest.
+        missing: ``"mean"`` gives a class without examples the mean row, ``"error"`` refuses it.
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([0, 0, 1, 1])
+        >>> head = Probe(inverse_strength=1.0, features="raw")(HeadShape(1, 2), torch.Generator(), FeatureSet(x, y, 2))
+        >>> (x @ head.weight.T + head.bias).argmax(1).tolist()
+        [0, 0, 1, 1]
+    """
+
+    needs_data: ClassVar[bool] = True
+    fits_prior: ClassVar[bool] = True
+    inverse_strength: float | None = None
+    features: str = "auto"
+    folds: int = 3
+    calibrate: bool = True
+    tolerance: float = 1e-9
+    max_iterations: int = 1000
+    missing: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_positive("inverse_strength", self.inverse_strength)
+        check_positive("tolerance", self.tolerance)
+        if self.features not in FEATURES:
+            raise unknown_name("features", self.features, FEATURES, SchemeError)
+        if self.folds < 2 or self.max_iterations < 1:
+            raise SchemeError(
+                f"init=probe needs folds >= 2 and max_iterations >= 1, not {self.folds}, {self.max_iterations}."
+            )
+
+    def __call__(
+        self, shape: HeadShape, generator: torch.Generator, data: FeatureSet | Moments | None = None
+    ) -> HeadWeights:
+        """The probe.
+
+        Raises:
+            SchemeError: no features, features that do not fit, or a class without examples under ``missing="error"``.
+        """
+        checked = class_features_for("probe", data, shape)
+        moments = Moments.of(checked)
+        notes = check_missing("probe", self.missing, moments)
+        problem = ProbeProblem.of(present_only(checked), present_moments(moments), shape.bias)
+        choice = problem.choose(self, generator)
+        scale = choice.fit.scale if choice.fit is not None and self.calibrate and self.inverse_strength is None else 1.0
+        fit, weight, bias = problem.solve(choice.features, choice.inverse_strength, self.tolerance, self.max_iterations)
+        notes |= {
+            "inverse_strength": choice.inverse_strength,
+            "features": choice.features,
+            "scale": scale,
+            "objective": fit.objective,
+            "iterations": fit.iterations,
+        }
+        if choice.fit is not None:
+            notes |= {"chosen_by": f"{self.folds} folds", "held_out_loss": choice.fit.loss}
+            notes["held_out_accuracy"] = choice.fit.accuracy
+        return finish(weight * scale, bias * scale, moments, shape, notes)
+
+
+@dataclass(frozen=True)
+class EarlyProbe(Scheme):
+    """The probe stopped at a target energy E ||e_y - softmax(W x + b)||, the mean gradient norm in the logits.
+
+    Ren et al. (2023) find that neither an untrained nor a converged head is the best start: the energy left decides
+    how far fine-tuning moves the features. The path from strong to weak penalty starts at the class shares (energy up
+    to sqrt(1 - 1/K)) and loses energy all the way, as training does over time; here it is stopped exactly at the
+    target. A target that no strength reaches gives the nearest one, with a warning in the notes.
+
+    Attributes:
+        target_energy: energy over the training examples, in (0, sqrt 2).
+        features: ``"raw"`` or ``"standardised"``.
+        tolerance: relative precision of the solver.
+        missing: ``"mean"`` gives a class without examples the mean row, ``"error"`` refuses it.
+
+    Example:
+        >>> x, y = torch.tensor([[0.0], [1.0], [9.0], [10.0]]), torch.tensor([0, 0, 1, 1])
+        >>> head = EarlyProbe(target_energy=0.3)(HeadShape(1, 2), torch.Generator(), FeatureSet(x, y, 2))
+        >>> round(head.notes["energy"], 3)
+        0.3
+    """
+
+    needs_data: ClassVar[bool] = True
+    fits_prior: ClassVar[bool] = True
+    target_energy: float = 0.4
+    features: str = "raw"
+    tolerance: float = 1e-7
+    missing: str = "mean"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.target_energy < 2**0.5:
+            raise SchemeError(
+                f"Option target_energy={self.target_energy} must lie between 0 and sqrt(2), the longest error."
+            )
+        if self.features not in FEATURES[1:]:
+            raise unknown_name("features", self.features, FEATURES[1:], SchemeError)
+
+    def __call__(
+        self, shape: HeadShape, generator: torch.Generator, data: FeatureSet | Moments | None = None
+    ) -> HeadWeights:
+        """The probe at the target energy.
+
+        Raises:
+            SchemeError: no features, features that do not fit, or a class without examples under ``missing="error"``.
+        """
+        checked = class_features_for("early_probe", data, shape)
+        moments = Moments.of(checked)
+        notes = check_missing("early_probe", self.missing, moments)
+        problem = ProbeProblem.of(present_only(checked), present_moments(moments), shape.bias)
+        strength, energy, warning = problem.reach_energy(self.features, self.target_energy, self.tolerance)
+        _, weight, bias = problem.solve(self.features, strength, self.tolerance, 1000)
+        notes |= {"inverse_strength": strength, "features": self.features, "energy": energy}
+        if warning:
+            notes["warnings"] = [*notes.get("warnings", []), warning]
+        return finish(weight, bias, moments, shape, notes)
+
+
+@dataclass(frozen=True)
+class ProbeChoice:
+    """A setting of the probe, its held-out scores and their fit (None if it was given, or nothing could be held out)."""
+
+    features: str
+    inverse_strength: float
+    fit: Calibration | None = None
+    scores: Tensor | None = None
+
+    @property
+    def loss(self) -> float:
+        """Held-out loss, 0 if nothing was held out."""
+        return 0.0 if self.fit is None else self.fit.loss
+
+
+def strongest_near_best(choices: list[ProbeChoice], margin: float | None = None) -> ProbeChoice:
+    """The strongest penalty whose held-out loss is within `margin` (nats; by default a share `GAIN`) of the least."""
+    least = min(choice.loss for choice in choices)
+    margin = GAIN * least if margin is None else margin
+    return min((c for c in choices if c.loss <= least + margin), key=lambda c: c.inverse_strength)
+
+
+@dataclass
+class ProbeProblem:
+    """A logistic regression over present classes, in principal axes computed once for each kind of features."""
+
+    examples: FeatureSet
+    moments: Moments
+    intercept: bool
+    rotations: dict[str, Rotation]
+
+    @classmethod
+    def of(cls, examples: FeatureSet, moments: Moments, intercept: bool) -> ProbeProblem:
+        """The problem of these examples."""
+        return cls(examples, moments, intercept, {})
+
+    def rotation(self, features: str) -> Rotation:
+        """The axes for raw or standardised features."""
+        if features not in self.rotations:
+            standardise = features == "standardised"
+            self.rotations[features] = rotation_of(
+                self.moments, self.examples.features, standardise=standardise, centre=self.intercept
+            )
+        return self.rotations[features]
+
+    def strengths(self, features: str) -> list[float]:
+        """C from strong to weak penalty, fitted to the size of the features."""
+        unit = len(self.examples) * self.rotation(features).mean_variance
+        return [1.0 / (g * unit) for g in PENALTY_GRID]
+
+    def solve(
+        self, features: str, inverse_strength: float, tolerance: float, max_iterations: int
+    ) -> tuple[ProbeFit, Tensor, Tensor]:
+        """The solution on all examples in float64, and (W, b) for the raw features."""
+        rotation = self.rotation(features)
+        x = rotation.apply(self.examples.features)
+        fit = solve_probe(
+            x,
+            self.examples.labels,
+            self.examples.num_classes,
+            penalty=1.0 / (inverse_strength * len(x)),
+            curvature=rotation.eigenvalues / len(x),
+            intercept=self.intercept,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        return fit, *rotation.unfold(fit.weight, fit.bias)
+
+    def choose(self, scheme: Probe, generator: torch.Generator) -> ProbeChoice:
+        """The setting with the least held-out loss; the given one if C is given."""
+        kinds = ("raw", "standardised") if scheme.features == "auto" else (scheme.features,)
+        usable = scorable(self.examples.labels, self.examples.num_classes)
+        if not bool(usable.any()):
+            strength = scheme.inverse_strength or self.strengths(kinds[-1])[6]
+            return ProbeChoice(kinds[-1], strength)
+        if scheme.inverse_strength is not None and len(kinds) == 1:
+            return ProbeChoice(kinds[0], scheme.inverse_strength)
+        paths = []
+        seed = generator.initial_seed()
+        for kind in kinds:
+            given = None if scheme.inverse_strength is None else [scheme.inverse_strength]
+            # The same folds for both kinds, so that their losses differ by the features alone.
+            paths += self.path(kind, scheme.folds, torch.Generator().manual_seed(seed), given)
+        return strongest_near_best([c for c in paths if c.features == min(paths, key=lambda c: c.loss).features])
+
+    def path(
+        self, features: str, folds: int, generator: torch.Generator, strengths: list[float] | None = None
+    ) -> list[ProbeChoice]:
+        """Held-out fits from strong to weak penalty, until they no longer improve, then refined at the best."""
+        runs = [
+            FoldPath(self, features, kept, held[scorable(self.examples.labels, self.examples.num_classes)[held]])
+            for kept, held in folds_of(self.examples.labels, folds, generator)
+        ]
+        labels = torch.cat([run.held_labels for run in runs])
+        tried: list[ProbeChoice] = []
+
+        def judge(strength: float) -> ProbeChoice:
+            scores = torch.cat([run.scores(strength) for run in runs])
+            tried.append(ProbeChoice(features, strength, calibrate(scores, labels), scores))
+            return tried[-1]
+
+        if strengths is not None:
+            return [judge(strength) for strength in strengths]
+        best, stale = np.inf, 0
+        for strength in self.strengths(features):
+            loss = judge(strength).loss
+            stale = 0 if loss < (1 - GAIN) * best else stale + 1
+            best = min(best, loss)
+            if stale == 2:
+                break
+        at = strongest_near_best(tried).inverse_strength
+        for factor in (10**0.25, 10**-0.25):
+            judge(at * factor)
+        return tried
+
+    def reach_energy(self, features: str, target: float, tolerance: float) -> tuple[float, float, str | None]:
+        """C at which the energy over the examples is the target, that energy, and a warning if it is out of reach."""
+        rotation = self.rotation(features)
+        x, y = rotation.apply(self.examples.features), self.examples.labels
+        state: ProbeFit | None = None
+
+        def energy_at(log_strength: float) -> float:
+            nonlocal state
+            state = solve_probe(
+                x,
+                y,
+                self.examples.num_classes,
+                penalty=float(np.exp(-log_strength)) / len(x),
+                curvature=rotation.eigenvalues / len(x),
+                intercept=self.intercept,
+                tolerance=tolerance,
+                start=state,
+            )
+            return energy(x @ state.weight.T + state.bias, y)
+
+        unit = len(x) * rotation.mean_variance
+        low, high, step = np.log(1e-5 / unit), np.log(1e8 / unit), np.log(10.0)
+        first = energy_at(low)
+        if first <= target:
+            reason = (
+                f"The energy starts at {first:.3g}, below the target of {target:g}: the strongest penalty is taken."
+            )
+            return float(np.exp(low)), first, reason
+        upper, found = low, first
+        while found > target and upper < high:
+            low, upper = upper, upper + step
+            found = energy_at(upper)
+        if found > target:
+            reason = (
+                f"The energy falls to {found:.3g} only, not to the target of {target:g}: the weakest penalty is taken."
+            )
+            return float(np.exp(upper)), found, reason
+        from scipy.optimize import brentq
+
+        root = brentq(lambda v: energy_at(v) - target, low, upper, xtol=1e-6, rtol=1e-8)
+        return float(np.exp(root)), energy_at(root), None
+
+
+class FoldPath:
+    """One fold's training part and its solution so far: the next strength starts from it. Float32, for speed."""
+
+    def __init__(self, problem: ProbeProblem, features: str, kept: Tensor, held: Tensor) -> None:
+        examples, rotation = problem.examples, problem.rotation(features)
+        self.x = rotation.apply(examples.features[kept], torch.float32)
+        self.labels = examples.labels[kept]
+        self.held = rotation.apply(examples.features[held], torch.float32)
+        self.held_labels = examples.labels[held]
+        self.num_classes = examples.num_classes
+        self.intercept = problem.intercept
+        self.curvature = rotation.eigenvalues / rotation.size
+        self.state: ProbeFit | None = None
+
+    def scores(self, inverse_strength: float) -> Tensor:
+        """Scores of the held-out examples, `(n, K)` float64, at this C."""
+        self.state = solve_probe(
+            self.x,
+            self.labels,
+            self.num_classes,
+            penalty=1.0 / (inverse_strength * len(self.x)),
+            curvature=self.curvature,
+            intercept=self.intercept,
+            tolerance=1e-5,
+            max_iterations=100,
+            start=self.state,
+        )
+        return self.held.double() @ self.state.weight.T + self.state.bias
+
+
+def solve_probe(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    penalty: float,
+    curvature: Tensor,
+    intercept: bool = True,
+    tolerance: float = 1e-9,
+    max_iterations: int = 1000,
+    start: ProbeFit | None = None,
+) -> ProbeFit:
+    """Minimise mean -log softmax(W x + b)[y] + penalty / 2 |W|^2 by L-BFGS.
+
+    The features must be in their principal axes: the variables are W_j sqrt(h v_j + penalty), with v_j the variance
+    along axis j and h the mean of p (1 - p), which makes the Hessian's diagonal about 1 whatever the conditioning.
+
+    Args:
+        x: `(N, r)` rotated features; the products run in their dtype.
+        labels: `(N,)`.
+        num_classes: K.
+        penalty: 1 / (C N).
+        curvature: `(r,)` variances v.
+        intercept: whether there is a b.
+        tolerance: least relative improvement per iteration.
+        max_iterations: bound on the iterations.
+        start: a solution to start from.
+
+    Raises:
+        SchemeError: the result is not finite.
+    """
+    from scipy.optimize import minimize
+
+    size, rank = x.shape
+    rows = torch.arange(size)
+    h = 1.0 / num_classes * (1.0 - 1.0 / num_classes)
+    if start is not None:
+        p = torch.softmax(x @ start.weight.T.to(x.dtype) + start.bias.to(x.dtype), dim=1)
+        h = max(float((p * (1 - p)).mean()), 1e-6)
+    unit = 1.0 / torch.sqrt(h * curvature + penalty)
+    # Tensors over the optimiser's float64 memory: no copies but the one into the dtype of the products.
+    initial = np.zeros((num_classes, rank + 1))
+    if start is not None:
+        initial[:, :rank], initial[:, rank] = (start.weight / unit).numpy(), start.bias.numpy() * h**0.5
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        variables = torch.from_numpy(flat).view(num_classes, rank + 1)
+        weight, bias = variables[:, :rank] * unit, variables[:, rank] / h**0.5
+        logits = torch.addmm(bias.to(x.dtype), x, weight.T.to(x.dtype)) if intercept else x @ weight.T.to(x.dtype)
+        log_p = torch.log_softmax(logits, dim=1)
+        loss = -float(log_p[rows, labels].sum(dtype=torch.float64)) / size
+        errors = log_p.exp_()
+        errors[rows, labels] -= 1.0
+        gradient = torch.empty(num_classes, rank + 1, dtype=torch.float64)
+        gradient[:, :rank] = ((errors.T @ x).double() / size + penalty * weight) * unit
+        gradient[:, rank] = errors.sum(dim=0, dtype=torch.float64) / size / h**0.5 if intercept else 0.0
+        return loss + 0.5 * penalty * float(weight.square().sum()), gradient.flatten().numpy()
+
+    options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": tolerance, "gtol": 1e-9, "maxcor": 10}
+    result = minimize(objective, initial.ravel(), jac=True, method="L-BFGS-B", options=options)
+    variables = torch.from_numpy(result.x).view(num_classes, rank + 1)
+    if not torch.isfinite(variables).all():
+        raise SchemeError("The logistic regression did not stay finite. Check the features for extreme values.")
+    weight, bias = variables[:, :rank] * unit, variables[:, rank] / h**0.5
+    # Softmax ignores a shift common to all classes; without it the rows are unique.
+    return ProbeFit(weight, bias - bias.mean(), float(result.fun), int(result.nit))
+
+
+def energy(logits: Tensor, labels: Tensor) -> float:
+    """Mean over the examples of ||e_y - softmax(logits)||.
+
+    Example:
+        >>> round(energy(torch.zeros(1, 2), torch.tensor([0])), 4)  # ||(1/2, -1/2)||
+        0.7071
+    """
+    errors = torch.softmax(logits.double(), dim=1)
+    errors[torch.arange(len(labels)), labels] -= 1.0
+    return float(errors.norm(dim=1).mean())
+
+
+SCHEMES: dict[str, Callable[..., Scheme]] = {"probe": Probe, "early_probe": EarlyProbe}

@@ -1,0 +1,567 @@
+"""One training loop, for a whole network on pictures or text and for a bare head on features alike.
+
+It is read from `finetune` down. What makes a killed run go on to the same bits: the order of the examples is a function
+of the epoch, the learning rates are a function of the step, and the random numbers of dropout are seeded at every step,
+so that weights, optimizer state and position are all there is to save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
+from headinit.errors import TrainingError, unknown_name
+from headinit.heads.record import unwrap
+from headinit.seeding import derived_seed, global_generators_kept
+from headinit.training.checkpoint import (
+    StopRequest,
+    as_cpu_copy,
+    read_checkpoint,
+    run_lock,
+    stop_on_sigterm,
+    write_checkpoint,
+)
+from headinit.training.evaluation import predict
+from headinit.training.freezing import frozen_digest, frozen_tensors
+from headinit.training.losses import TASKS, count_targets, split_batch, summed_loss, training_outputs
+from headinit.training.param_groups import param_groups
+from headinit.training.precision import chosen_precision
+from headinit.training.recipe import Recipe
+from headinit.training.schedules import learning_rate_factor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SIGTERM_EXIT = 143  # what a shell reports for a process ended by SIGTERM
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """What came of a run; the model has the weights of the best epoch.
+
+    Attributes:
+        best_epoch: epoch with the best monitored metric, the earliest of equals; 0 is the start.
+        best: its row of `history`.
+        history: a row per evaluation: ``epoch``, ``step``, ``train_loss`` (mean since the last row, None at the start),
+            ``lr`` (of the head, at the last step) and the validation metrics.
+        steps: optimizer steps.
+        seconds: spent training and evaluating, over all parts of a resumed run.
+        samples_per_second: training examples per second of training, evaluation left out.
+        stopped_early: whether patience ran out.
+        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, as trained.
+    """
+
+    best_epoch: int
+    best: dict[str, Any]
+    history: list[dict[str, Any]]
+    steps: int
+    seconds: float
+    samples_per_second: float
+    stopped_early: bool
+    precision: str
+
+
+@dataclass
+class _Position:
+    """Where a run is; together with the weights and the optimizer's state, all that a checkpoint holds."""
+
+    epoch: int = 1
+    steps_in_epoch: int = 0
+    steps: int = 0
+    loss_sum: float = 0.0
+    targets: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = 0
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    precision: str = "fp32"
+    scaler: dict[str, Any] | None = None
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    examples: int = 0
+
+
+def finetune(
+    model: nn.Module,
+    train: Any,
+    validation: Iterable[Any],
+    recipe: Recipe,
+    *,
+    task: str = "single_label",
+    folder: str | Path | None = None,
+    save_every_steps: int | None = None,
+    on_evaluation: Callable[[dict[str, Any]], None] | None = None,
+    evaluate_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
+    progress: bool = False,
+    cpu: bool | None = None,
+) -> TrainingOutcome:
+    """Train what is trainable, keep the weights that were best on the validation data.
+
+    Args:
+        model: trained in place. With a record of a head, new parameters train at `recipe.lr` and the rest at
+            `recipe.backbone_lr`; freeze first what is to stay.
+        train: `Batches` or `TensorBatches` (`len`, and `.epoch(e)` that can be replayed), or a DataLoader.
+        validation: iterated once per evaluation.
+        recipe: how to train.
+        task: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``; chooses loss and metrics.
+        folder: where checkpoints go, after every epoch, every `save_every_steps` steps and on SIGTERM. A run that finds
+            its own checkpoint there goes on from it, to the same bits as if it had never been interrupted.
+        on_evaluation: called with every new row of the history, the start (epoch 0) included.
+        evaluate_metrics: ``(logits, labels) -> scores``; None for those of the task.
+        progress: show a bar on the terminal.
+        cpu: True to stay on the CPU; None to take the best device.
+
+    Raises:
+        TrainingError: nothing is trainable, the loss is not finite (with the step and the likely cause), or the
+            monitored metric is not among the metrics. Checkpoints of before stay usable.
+        CheckpointError: the folder is another run's, in use, or cannot be written.
+        SystemExit: with code 143, after saving, on SIGTERM (only where a folder is given).
+
+    Example:
+        >>> x = torch.tensor([[-1.0], [1.0]] * 8)
+        >>> batches = [(x, (x[:, 0] > 0).long())]
+        >>> outcome = finetune(nn.Linear(1, 2), batches, batches, Recipe(epochs=20, lr=0.1), cpu=True)
+        >>> outcome.best["accuracy"], outcome.history[0]["epoch"]
+        (1.0, 0)
+    """
+    if task not in TASKS:
+        raise unknown_name("task", task, TASKS)
+    metrics = evaluate_metrics or metrics_for(task)
+    with ExitStack() as stack:
+        run = _Run(model, train, validation, recipe, task, metrics, folder, cpu, stack)
+        bar = stack.enter_context(_progress_bar(run, progress))
+        run.resume()
+        if not run.at.history:
+            run.evaluate(0, on_evaluation)
+
+        while run.at.epoch <= recipe.epochs and not run.at.stopped_early:
+            epoch = run.at.epoch
+            model.train()
+            for batches in run.remaining_steps():
+                # Seeded by the step: dropout draws the same numbers whatever was drawn before, also after a restart.
+                with global_generators_kept(derived_seed(recipe.seed, f"training/{epoch}/{run.at.steps_in_epoch}")):
+                    loss = run.step(batches)
+                bar(loss)
+                if save_every_steps and run.at.steps % save_every_steps == 0:
+                    run.save()
+                run.leave_if_asked()
+            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+                run.evaluate(epoch, on_evaluation)
+            run.at.epoch, run.at.steps_in_epoch = epoch + 1, 0
+            run.save()
+
+        run.restore_best()
+    return run.outcome()
+
+
+class _Run:
+    """The parts that the loop moves: model, optimizer, position, best weights."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Any,
+        validation: Iterable[Any],
+        recipe: Recipe,
+        task: str,
+        metrics: Callable[[Tensor, Tensor], dict[str, float]],
+        folder: str | Path | None,
+        cpu: bool | None,
+        stack: ExitStack,
+    ) -> None:
+        self.recipe, self.task, self.metrics, self.train, self.validation = recipe, task, metrics, train, validation
+        self.bare = unwrap(model)
+        groups = param_groups(
+            self.bare,
+            lr=recipe.lr,
+            backbone_lr=recipe.backbone_lr,
+            layer_decay=recipe.layer_decay,
+            weight_decay=recipe.weight_decay,
+        )
+        precision = chosen_precision(recipe.precision, self.bare, train, cpu=cpu)
+        self.accelerator = _accelerator(precision, cpu)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.model = stack.enter_context(_prepared(self.accelerator, model, recipe.channels_last))
+        self.optimizer = _optimizer(recipe, groups)
+        self.names = {id(parameter): name for name, parameter in self.bare.named_parameters()}
+        self.trainable = [parameter for group in groups for parameter in group["params"]]
+        self.batches_per_step = recipe.accumulation * self.processes
+        self.steps_per_epoch = math.ceil(_length(train) / self.batches_per_step)
+        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.at = _Position(precision=precision)
+        self.best: dict[str, Tensor] = {}
+        self.folder = Path(folder) if folder is not None else None
+        self.stop = StopRequest()
+        if self.folder is not None:
+            stack.enter_context(run_lock(self.folder) if self.rank == 0 else nullcontext())
+            self.stop = stack.enter_context(stop_on_sigterm())
+
+    def remaining_steps(self) -> Iterator[list[Any]]:
+        """The batches of each optimizer step of this epoch that is still to be done."""
+        batches = _epoch_batches(
+            self.train, self.at.epoch - 1, self.at.steps_in_epoch * self.batches_per_step, self.recipe.seed
+        )
+        while group := list(islice(batches, self.batches_per_step)):
+            yield group
+
+    def step(self, batches: list[Any]) -> float:
+        """One optimizer step on the mean loss over all targets of the batches; returns that loss."""
+        began = time.perf_counter()
+        examples = [split_batch(batch) for batch in batches]
+        targets = max(1, sum(count_targets(labels, self.task) for _, labels in examples))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._factor(self.at.steps)
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        mine = range(self.rank, len(examples) + -len(examples) % self.processes, self.processes)
+        for index in mine:
+            # With several processes a last, missing batch is stood in for by a known one that counts nothing.
+            inputs, labels = examples[index] if index < len(examples) else examples[0]
+            weight = float(index < len(examples))
+            synchronise = index + self.processes >= len(examples)
+            with nullcontext() if synchronise else self.accelerator.no_sync(self.model):
+                loss = weight * self._loss(inputs, labels)
+                self.accelerator.backward(loss * (self.processes / targets))
+            loss_sum += loss.detach()
+        mean = float(self.accelerator.reduce(loss_sum)) / targets if self.processes > 1 else loss_sum.item() / targets
+        self._check_finite(mean, "loss", examples)
+        self._apply(examples)
+        self.at.loss_sum += mean * targets
+        self.at.targets += targets
+        self.at.steps += 1
+        self.at.steps_in_epoch += 1
+        self.at.examples += sum(len(labels) for _, labels in examples)
+        self.at.train_seconds += time.perf_counter() - began
+        return mean
+
+    def evaluate(self, epoch: int, on_evaluation: Callable[[dict[str, Any]], None] | None) -> None:
+        """Score the validation data, keep the weights if they are the best so far."""
+        began = time.perf_counter()
+        self._share_buffers()
+        logits, labels = predict(
+            self.bare,
+            self.validation,
+            device=self.accelerator.device,
+            rank=self.rank,
+            processes=self.processes,
+            between=self.leave_if_asked if epoch else None,
+        )
+        scores = self.metrics(logits, labels)
+        at, monitor = self.at, self.recipe.monitor
+        if monitor not in scores:
+            raise TrainingError(f"The metric {monitor!r} that chooses the best epoch is none of {', '.join(scores)}.")
+        row = {
+            "epoch": epoch,
+            "step": at.steps,
+            "train_loss": at.loss_sum / at.targets if at.targets else None,
+            "lr": self.recipe.lr * self._factor(at.steps - 1) if at.steps else 0.0,
+            **scores,
+        }
+        best = next((earlier[monitor] for earlier in at.history if earlier["epoch"] == at.best_epoch), None)
+        better = best is None or (row[monitor] > best if HIGHER_IS_BETTER[monitor] else row[monitor] < best)
+        if better:
+            at.best_epoch, at.evaluations_since_best = epoch, 0
+            self.best = {name: as_cpu_copy(tensor) for name, tensor in self._moving().items()}
+        else:
+            at.evaluations_since_best += 1
+        at.history.append(row)
+        at.loss_sum, at.targets = 0.0, 0
+        at.stopped_early = self.recipe.patience is not None and at.evaluations_since_best >= self.recipe.patience
+        at.evaluate_seconds += time.perf_counter() - began
+        if on_evaluation is not None and self.rank == 0:
+            on_evaluation(row)
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a folder for one."""
+        if self.folder is None or self.rank != 0:
+            return
+        scaler = self.accelerator.scaler
+        self.at.scaler = scaler.state_dict() if scaler is not None else None
+        tensors = {f"model/{name}": tensor for name, tensor in self._moving().items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        for parameter, state in self.optimizer.state.items():
+            known = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+            tensors |= {f"optimizer/{key}/{self.names[id(parameter)]}": value for key, value in known.items()}
+        write_checkpoint(self.folder, tensors, asdict(self.at), self.identity)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the folder, if there is one."""
+        if self.folder is None:
+            return
+        self.identity = self._identity()
+        found = read_checkpoint(self.folder, self.identity)
+        if found is None:
+            return
+        tensors, state = found
+        self.at = _Position(**state)
+        if self.at.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.at.scaler)
+        parameters = dict(self.bare.named_parameters())
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            if part == "best":
+                self.best[rest] = tensor.clone()
+            elif part == "optimizer":
+                key, _, parameter_name = rest.partition("/")
+                parameter = parameters[parameter_name]
+                self.optimizer.state[parameter][key] = _laid_out_like(parameter, tensor)
+        _copy_into(self._moving(), {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("model/")})
+
+    def leave_if_asked(self) -> None:
+        """On SIGTERM: save, then end the process."""
+        if self.stop.asked:
+            self.save()
+            raise SystemExit(SIGTERM_EXIT)
+
+    def restore_best(self) -> None:
+        """Put the best weights into the model, and leave it ready for prediction."""
+        _copy_into(self._moving(), self.best)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bare.eval()
+
+    def outcome(self) -> TrainingOutcome:
+        """The summary of the run so far."""
+        at = self.at
+        return TrainingOutcome(
+            best_epoch=at.best_epoch,
+            best=next(row for row in at.history if row["epoch"] == at.best_epoch),
+            history=at.history,
+            steps=at.steps,
+            seconds=at.train_seconds + at.evaluate_seconds,
+            samples_per_second=at.examples / at.train_seconds if at.train_seconds else 0.0,
+            stopped_early=at.stopped_early,
+            precision=at.precision,
+        )
+
+    def _factor(self, step: int) -> float:
+        recipe = self.recipe
+        return learning_rate_factor(
+            recipe.schedule,
+            step,
+            self.total_steps,
+            warmup_steps=math.ceil(recipe.warmup * self.total_steps),
+            steps_per_epoch=self.steps_per_epoch,
+            step_epochs=recipe.step_epochs,
+            step_gamma=recipe.step_gamma,
+        )
+
+    def _loss(self, inputs: Any, labels: Tensor) -> Tensor:
+        """Loss summed over the targets of one batch; a distilled model has two outputs and pays for both alike."""
+        inputs = _to_device(inputs, self.accelerator.device, self.recipe.channels_last)
+        labels = labels.to(self.accelerator.device)
+        output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        outputs = training_outputs(output)
+        losses = [summed_loss(logits, labels, self.task, self.recipe.label_smoothing) for logits in outputs]
+        return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
+
+    def _apply(self, examples: list[tuple[Any, Tensor]]) -> None:
+        """Clip and step; float16 leaves out a step whose gradient overflowed and lowers its scale."""
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        if self.recipe.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.trainable, self.recipe.clip_norm)
+            if scaler is None:
+                self._check_finite(norm.item(), "gradient norm", examples)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+            scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _check_finite(self, value: float, what: str, examples: list[tuple[Any, Tensor]]) -> None:
+        if math.isfinite(value):
+            return
+        at = self.at
+        raise TrainingError(
+            f"The {what} is {value} at step {at.steps + 1} (epoch {at.epoch}, step {at.steps_in_epoch + 1} of "
+            f"{self.steps_per_epoch}). Likely cause: {self._likely_cause(examples)} Nothing of this step was saved."
+        )
+
+    def _likely_cause(self, examples: list[tuple[Any, Tensor]]) -> str:
+        for inputs, labels in examples:
+            tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+            if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
+                return "the inputs of this batch contain NaN or infinity; look at the data and its preprocessing."
+            if labels.is_floating_point() and not bool(torch.isfinite(labels).all()):
+                return "the labels of this batch contain NaN or infinity; look at the label column."
+        damaged = next((n for n, p in self.bare.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        if damaged is not None and self.at.steps == 0:
+            return f"the parameter {damaged} was not finite before training; load or initialise it again."
+        if self.at.precision == "fp16":
+            return "float16 overflowed; use precision=bf16 or fp32, or a lower learning rate."
+        rate = max(group["initial_lr"] for group in self.optimizer.param_groups)
+        return f"a learning rate that is too high (peak {rate:g}); try a tenth of it, a longer warm-up, or clipping."
+
+    def _share_buffers(self) -> None:
+        """Running statistics differ by process; the first one's are those that are kept."""
+        if self.processes > 1:
+            for buffer in self.bare.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def _moving(self) -> dict[str, Tensor]:
+        """What training changes: trainable parameters, and buffers outside the frozen part."""
+        fixed = {name for name, _ in frozen_tensors(self.bare)}
+        named = {name: parameter.data for name, parameter in self.bare.named_parameters()}
+        named |= dict(self.bare.named_buffers())
+        return {name: tensor for name, tensor in named.items() if name not in fixed}
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be of this run."""
+        shapes = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in self._moving().items()}
+        return {
+            **asdict(self.recipe),
+            "task": self.task,
+            "model": type(self.bare).__name__,
+            "trainable tensors": shapes,
+            "frozen part": frozen_digest(self.bare),
+            "training data": _data_identity(self.train),
+            "validation data": _data_identity(self.validation),
+            "precision in use": self.at.precision,
+            "processes": self.processes,
+        }
+
+
+def _accelerator(precision: str, cpu: bool | None) -> Accelerator:
+    """Device, processes and precision; accelerate remembers a process's first precision, but another run may differ."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    mixed = {"fp32": "no"}.get(precision, precision)
+    shared = AcceleratorState._shared_state
+    if shared and shared.get("_mixed_precision") != mixed:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=mixed, cpu=bool(cpu))
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("precision=fp16 needs a GPU, and this run is on the CPU. Use precision=fp32 or bf16.")
+    return accelerator
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model: nn.Module, channels_last: bool) -> Iterator[nn.Module]:
+    """The model on its device, in its memory layout, wrapped for precision and processes; all but the device undone."""
+    bare = unwrap(model)
+    own_forward = vars(bare).get("forward")
+    if channels_last:
+        bare.to(memory_format=torch.channels_last)
+    try:
+        yield accelerator.prepare_model(model)
+    finally:
+        for mark in ("_original_forward", "_is_accelerate_prepared"):
+            vars(bare).pop(mark, None)
+        vars(bare).pop("forward", None)  # accelerate's autocast
+        if own_forward is not None:
+            bare.forward = own_forward
+        if channels_last:
+            bare.to(memory_format=torch.contiguous_format)
+
+
+def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer over all groups at once (torch's schedulers break on groups added later)."""
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    dense = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=dense)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=dense)
+
+
+def _length(train: Any) -> int:
+    try:
+        batches = len(train)
+    except TypeError:
+        raise TrainingError(
+            f"The training data ({type(train).__name__}) has no length, so its epochs have no end. Give Batches, "
+            "TensorBatches, a DataLoader or a list of batches."
+        ) from None
+    if batches == 0:
+        raise TrainingError("The training data has no batch. Give at least one training example.")
+    return batches
+
+
+def _epoch_batches(train: Any, epoch: int, start: int, seed: int) -> Iterator[Any]:
+    """The batches of an epoch from number `start` on."""
+    if not hasattr(train, "epoch"):
+        # A DataLoader draws its order from the global generator when it begins.
+        with global_generators_kept(derived_seed(seed, f"order/{epoch}")):
+            batches = iter(train)
+            first = list(islice(batches, 1))
+        yield from first[start:]
+        yield from islice(batches, max(0, start - 1), None)
+    elif "start" in inspect.signature(train.epoch).parameters:
+        yield from train.epoch(epoch, start=start)
+    else:
+        yield from islice(train.epoch(epoch), start, None)
+
+
+def _to_device(inputs: Any, device: torch.device, channels_last: bool) -> Any:
+    from accelerate.utils import send_to_device
+
+    inputs = send_to_device(inputs, device)
+    if channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs
+
+
+def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Optimizer state in the memory layout of its parameter: fused kernels walk through both side by side."""
+    if values.shape != parameter.shape:
+        return values.clone()
+    return torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
+
+
+@torch.no_grad()
+def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        targets[name].copy_(value)
+
+
+def _data_identity(data: Any) -> dict[str, Any]:
+    """What tells one set of batches from another: content, order, sizes; as far as the object says.
+
+    Features in memory are known by their labels and shape: computed again on resuming, they may differ in a last bit.
+    """
+    said = ("batch_size", "shuffle_seed", "augmentation", "bucket", "drop_last", "fingerprint")
+    told = {name: getattr(data, name, None) for name in said}
+    told["fingerprint"] = told["fingerprint"] or getattr(getattr(data, "split", None), "fingerprint", None)
+    told["batches"] = len(data) if hasattr(data, "__len__") else None
+    told = {name: value for name, value in told.items() if isinstance(value, int | float | str)}
+    for name in ("features", "labels"):
+        if isinstance(tensor := getattr(data, name, None), Tensor):
+            told[f"shape of {name}"] = list(tensor.shape)
+    if isinstance(labels := getattr(data, "labels", None), Tensor):
+        told["labels"] = hashlib.sha256(labels.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return told
+
+
+@contextmanager
+def _progress_bar(run: _Run, shown: bool) -> Iterator[Callable[[float], None]]:
+    """A function that advances the bar by one step and shows the loss."""
+    if not shown or run.rank != 0:
+        yield lambda loss: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task("training", total=run.total_steps)
+
+        def advance(loss: float) -> None:
+            best = next((row for row in run.at.history if row["epoch"] == run.at.best_epoch), {})
+            score = f", best {run.recipe.monitor} {best.get(run.recipe.monitor, math.nan):.4f}"
+            text = f"epoch {run.at.epoch}/{run.recipe.epochs}, loss {loss:.4f}{score}"
+            bar.update(task, completed=run.at.steps, description=text)
+
+        yield advance

@@ -1,0 +1,217 @@
+"""Small configurations of transformers' models, for the sweep: the defaults with every size cut down.
+
+Sizes go by the names that configurations share (`hidden_size`, `num_hidden_layers`, ...). What an architecture needs
+besides is declared in `SPECIAL`, beside its reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY = 120
+LENGTH = 8
+WIDTH = 64
+
+_LAYERS = 2
+_SIZES: dict[str, Any] = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
+         "num_decoder_layers", "num_encoder_layers", "num_hidden_groups", "num_blocks"),
+        _LAYERS,
+    ),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim",
+                     "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "d_inner"), WIDTH),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
+                     "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads",), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "d_head", "attention_head_size", "global_head_dim"), 16),
+    **dict.fromkeys(("vocab_size",), VOCABULARY),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+}  # fmt: skip
+_TOKENS = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "sep_token_id",
+    "cls_token_id",
+    "mask_token_id",
+    "unk_token_id",
+)
+
+
+# From the smallest to the library's own sizes: the first that builds and runs is taken. Some sizes depend on each other in
+# ways that only the architecture knows (latent attention, rotary widths, convolution stages).
+_HEADS = ("head_dim", "d_kv", "d_head", "attention_head_size", "global_head_dim", "num_experts", "num_local_experts",
+          "n_routed_experts", "moe_num_experts")  # fmt: skip
+_WIDTHS = tuple(name for name, value in _SIZES.items() if value in (WIDTH, 4, 2, 16) and name not in _HEADS)
+_DEPTHS = tuple(name for name, value in _SIZES.items() if value == _LAYERS and name != "num_key_value_heads")
+LEFT_ALONE: tuple[tuple[str, ...], ...] = (
+    (),
+    _HEADS,
+    (*_HEADS, *(n for n in _WIDTHS if n not in _DEPTHS)),
+    tuple(_SIZES),
+)
+
+
+def shrink(config_class: Any, left_alone: tuple[str, ...] = (), **special: Any) -> Any:
+    """A small configuration of a class: known sizes cut (except those left alone), token ids inside the vocabulary."""
+    default = config_class()
+    sizes = {
+        name: value
+        for name, value in _SIZES.items()
+        if isinstance(getattr(default, name, None), int)
+        and name not in left_alone
+        and not _is_computed(config_class, name)
+    }
+    for name in _TOKENS:
+        value = getattr(default, name, None)
+        if isinstance(value, int) and value >= sizes.get("vocab_size", 10**9):
+            sizes[name] = 2
+    if isinstance(getattr(default, "eos_token_id", None), list):
+        sizes["eos_token_id"] = 2
+    types = getattr(default, "layer_types", None)
+    if sizes.get("num_hidden_layers") and isinstance(types, list) and not _is_computed(config_class, "layer_types"):
+        sizes["layer_types"] = types[-_LAYERS:]
+    for name in ("text_config", "vision_config", "encoder", "decoder"):
+        nested = getattr(default, name, None)
+        if hasattr(nested, "to_dict"):
+            sizes[name] = shrink(type(nested), left_alone).to_dict()
+    config = config_class(**{**sizes, **special})
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for owner in (config, text):
+        if getattr(owner, "pad_token_id", None) is None:
+            owner.pad_token_id = 1
+    return config
+
+
+def _is_computed(config_class: Any, name: str) -> bool:
+    return isinstance(getattr(config_class, name, None), property)
+
+
+# Configuration values that an architecture needs besides small sizes, by model type, each with its reason.
+_LATENT = {  # latent attention: its five widths and its groups of experts go together
+    "num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+_EXPLICIT_HEADS = {"head_dim": 16, "num_key_value_heads": 2}  # the defaults are None, and are not derived
+SPECIAL: dict[str, dict[str, Any]] = {
+    "axk1": _LATENT,
+    "axk2": {**_LATENT, "index_head_dim": 32, "index_n_heads": 4},
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "mistral4": _LATENT,
+    "minicpm3": {**_LATENT, "num_experts_per_tok": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},  # the defaults leave the vocabulary open
+    "esmc": {"num_key_value_heads": 4},  # refuses grouped queries
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # spells out every layer
+    "gptj": {"rotary_dim": 16},
+    "hunyuan_v1_dense": _EXPLICIT_HEADS,
+    "hunyuan_v1_moe": _EXPLICIT_HEADS,
+    "ministral": _EXPLICIT_HEADS,
+    "nemotron": {"num_key_value_heads": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},  # one of the two layers must be attention
+    "zamba": {**_HYBRID, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {**_HYBRID, "hybrid_layer_ids": [1, 3]},
+    "t5": {"decoder_start_token_id": 0},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "perceiver": {"num_latents": 8, "d_latents": WIDTH, "num_self_attends_per_block": 1, "max_position_embeddings": 32},
+    "funnel": {"block_sizes": [1, 1]},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "has_spatial_attention_bias": False},
+    "lilt": {"channel_shrink_ratio": 2, "hidden_size": 48},
+    "bloom": {"hidden_size": WIDTH, "n_head": 4},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "num_buckets": None},
+}
+
+
+def text_inputs(model: Any) -> dict[str, Tensor]:
+    """Two sentences of one length; the last token is the end token, at which bart and t5 take their feature."""
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, VOCABULARY - 10, (2, LENGTH), generator=generator)
+    end = getattr(config, "eos_token_id", None)
+    tokens[:, -1] = end if isinstance(end, int) and 0 <= end < VOCABULARY else 2
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    accepted = inspect.signature(model.forward).parameters
+    if "bbox" in accepted:
+        inputs["bbox"] = torch.zeros(2, LENGTH, 4, dtype=torch.long)
+    return {name: value for name, value in inputs.items() if name in accepted or "kwargs" in accepted}
+
+
+def image_inputs(model: Any) -> dict[str, Tensor]:
+    """Two pictures of the size that the configuration names."""
+    config = getattr(model.config, "vision_config", None) or model.config
+    size = getattr(config, "image_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    channels = getattr(config, "num_channels", 3) or 3
+    pixels = torch.rand(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels}
+
+
+Entry = tuple[str, str, Callable[[], nn.Module], Callable[[Any], Any], str, str]
+
+
+def candidates() -> Iterator[Entry]:
+    """Group, name, builder, inputs, pooling and task of every mapped class and of every base model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    groups = (
+        ("sequence classification", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, text_inputs, "single_label"),
+        ("image classification", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, image_inputs, "single_label"),
+        ("token classification", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, text_inputs, "token"),
+    )
+    for group, mapping, inputs, task in groups:
+        for kind, classes in mapping.items():
+            for name in classes if isinstance(classes, tuple | list) else (classes,):
+                yield group, name, _builder(kind, name, inputs), inputs, "native", task
+    classified = set(auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES) | set(
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    )
+    for kind, classes in auto.MODEL_MAPPING_NAMES.items():
+        if kind in classified:
+            name = classes[0] if isinstance(classes, tuple | list) else classes
+            inputs = image_inputs if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES else text_inputs
+            yield "base model (AutoModel)", name, _builder(kind, name, inputs), inputs, "mean", "single_label"
+
+
+def _builder(kind: str, name: str, inputs: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    return lambda: build(kind, name, inputs)
+
+
+_CHOSEN: dict[str, int] = {}
+_TOO_LARGE = 150e6
+
+
+def build(kind: str, name: str, inputs: Callable[[Any], Any]) -> nn.Module:
+    """The class of this name with the smallest configuration of this model type that builds and runs."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    cls = getattr(transformers, name)
+    special = {**SPECIAL.get(kind, {}), **SPECIAL.get(name, {})}
+    first: Exception | None = None
+    levels = range(len(LEFT_ALONE)) if name not in _CHOSEN else (_CHOSEN[name],)
+    for level in levels:
+        try:
+            config = shrink(CONFIG_MAPPING[kind], LEFT_ALONE[level], **special)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in cls(config).parameters())
+            if size > _TOO_LARGE:
+                raise ValueError(f"its smallest configuration that might run has {size / 1e6:.0f} million parameters")
+            model = cls(config).eval()
+            if name not in _CHOSEN:
+                with torch.no_grad():
+                    model(**inputs(model))
+                _CHOSEN[name] = level
+            return model
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first

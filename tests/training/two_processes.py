@@ -1,0 +1,41 @@
+"""Trains on as many processes as it is started with; the first one prints what came out.
+
+``python -m torch.distributed.run --nproc-per-node 2 -m tests.training.two_processes BATCH_SIZE``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import nn
+
+from headinit.data.loading import TensorBatches
+from headinit.training.finetune import finetune
+from headinit.training.freezing import freeze, frozen_digest
+from headinit.training.recipe import Recipe
+
+from .models import record_head
+
+
+def train(batch_size: int) -> tuple[nn.Module, dict]:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    model = freeze(record_head(nn.Sequential(body, nn.Sequential(nn.Linear(5, 5), nn.GELU()), nn.Linear(5, 3)), "2"), 1)
+    x = torch.randn(70, 5)  # 70 = 4 * 16 + 6: the second process lacks a last batch
+    batches = TensorBatches(x, x[:, :3].argmax(1), batch_size, shuffle_seed=1)
+    validation = TensorBatches(x[:33], x[:33, :3].argmax(1), 4)
+    digest = frozen_digest(model)
+    recipe = Recipe(epochs=3, lr=0.01, accumulation=2, monitor="nll")
+    outcome = finetune(model, batches, validation, recipe, cpu=True)
+    assert frozen_digest(model) == digest
+    return model, {"history": outcome.history, "steps": outcome.steps}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    network, told = train(int(sys.argv[1]))
+    weights = {name: value.tolist() for name, value in network.state_dict().items()}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print("RESULT" + json.dumps({"weights": weights, **told}), flush=True)
