@@ -20,6 +20,8 @@ _HOME = {
     "freeze": "headinit.training.freezing",
     "param_groups": "headinit.training.param_groups",
     "extract_features": "headinit.features.extract",
+    "compare": "headinit.comparison",
+    "Comparison": "headinit.comparison",
     "HeadInitError": "headinit.errors",
 }
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from headinit import schemes
-from headinit.errors import HeadError, HeadInitError, SchemeError, unknown_name
+from headinit.errors import HeadError, SchemeError, unknown_name
 from headinit.features.extract import FeatureSet
 from headinit.heads.locate import child_path, find_head, is_layer, layer_width, library_of, relu_follows
 from headinit.heads.modules import TOKEN_KINDS, Mlp, build_head, hidden_part, output_layer
@@ -35,8 +35,8 @@ _PROBLEM_TYPES = {
     "token": None,
 }
 _ZERO_HIDDEN = (
-    "zeros in a hidden layer makes its units equal, and equal units get equal gradients for ever (an all-zero MLP never "
-    "moves at all). Zero the last layer only: init=zeros with another hidden_init."
+    "zeros in a hidden layer makes its units equal, and equal units get equal gradients for ever (an all-zero MLP "
+    "never moves at all). Zero the last layer only: init=zeros with another hidden_init."
 )
 
 
@@ -68,8 +68,8 @@ def attach_head(
     the same head whatever else drew random numbers; the global generators are left as they were.
 
     Args:
-        model: a catalog name (``"resnet50"``, ``"bert"``, ``"timm/..."``, ``"torchvision/..."``, ``"hf/..."``, a folder),
-            a loaded `Backbone`, or any `nn.Module`. It is changed in place.
+        model: a catalog name (``"resnet50"``, ``"bert"``, ``"timm/..."``, ``"torchvision/..."``, ``"hf/..."``, a
+            folder), a loaded `Backbone`, or any `nn.Module`. It is changed in place.
         num_classes: number of logits K (of targets for regression).
         init: name of a scheme (`headinit.schemes.available()`), a mapping with ``"name"``, or a `Scheme`.
         head: ``"linear"``, ``"mlp"``, ``"cosine"``, ``"attention_pool"``, ``"recurrent"`` or ``"conv"``.
@@ -77,8 +77,9 @@ def attach_head(
         seed: seed of the head.
         init_options: options of the scheme, if `init` is a name.
         head_options: options of the kind of head; an mlp also takes `hidden_init` and `hidden_bias`.
-        pooling: ``"native"`` keeps the model's class and its own pooling; ``"cls"``, ``"pooler"``, ``"mean"``, ``"max"`` or
-            ``"last"`` put the head on its pooled tokens (`HeadedBackbone`). A model without a head gets ``"mean"``.
+        pooling: ``"native"`` keeps the model's class and its own pooling; ``"cls"``, ``"pooler"``, ``"mean"``,
+            ``"max"`` or ``"last"`` put the head on its pooled tokens (`HeadedBackbone`). A model without a head gets
+            ``"mean"``.
         class_names: K names in logit order.
         bias: whether the logits have a bias; None keeps the library's choice.
         task: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``.
@@ -105,11 +106,12 @@ def attach_head(
     if any(tensor.is_meta for tensor in start.model.parameters()):
         raise HeadError("The model is on the meta device: it has no values to keep. Load its weights first.")
     with _undone_on_error() as undo:
-        root, sites, pooling = _place(start, num_classes, head, options, pooling, bias, undo)
+        example = _example_of(data) if library_of(start.model) == "torch" else None
+        root, sites, pooling = _place(start, num_classes, head, options, pooling, bias, undo, example)
         new_modules = [site.path for site in sites]
         missing = _missing_parameters(root, start, new_modules)
         kept = _snapshot(root, new_modules, missing)
-        notes = _fill_missing(root, missing, num_classes, seed, start.source, undo)
+        _fill_missing(root, missing, num_classes, seed, start.source, undo)
         record = HeadRecord(
             sites=sites,
             head=head,
@@ -131,12 +133,11 @@ def attach_head(
         _check_kept(root, kept)
         _tell_model(root, record, undo)
         intended = started.intended | dict.fromkeys(missing)
-        notes += started.notes
-        set_record(root, dataclasses.replace(record, intended_std=intended, notes=tuple(notes)))
+        set_record(root, dataclasses.replace(record, intended_std=intended, notes=tuple(started.notes)))
         _protect(root, record)
     if start.preprocessing is not None:
         root.headinit_preprocessing = start.preprocessing  # type: ignore[assignment]
-    for note in notes:
+    for note in started.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return root
 
@@ -187,7 +188,9 @@ def init_head(
     record = dataclasses.replace(record, init=_description(init, scheme, init_options), seed=seed)
     if hidden_init is None and before is not None:
         hidden_init = before.head_options.get("hidden_init")
-    hidden = _Hidden(None if hidden_init is None else _scheme_of(hidden_init, None), record.head_options.get("hidden_bias", 0.0))
+    hidden = _Hidden(
+        None if hidden_init is None else _scheme_of(hidden_init, None), record.head_options.get("hidden_bias", 0.0)
+    )
     _check_hidden(hidden, record.head_options.get("activation", "relu") if record.head == "mlp" else None)
     with _undone_on_error() as undo:
         for name in _parameters_under(root, paths):
@@ -227,14 +230,15 @@ def _check_arguments(num_classes: Any, task: str, class_names: Sequence[str] | N
     if num_classes == 1 and task in ("single_label", "token"):
         raise HeadError(
             f"num_classes=1 with task={task}: one class has nothing to be told from (its loss is 0 for any head), and "
-            "transformers would take it for regression. Use num_classes=2, or task='multi_label' for one yes-or-no label, "
-            "or task='regression' for one target."
+            "transformers would take it for regression. Use num_classes=2, or task='multi_label' for one yes-or-no "
+            "label, or task='regression' for one target."
         )
     if class_names is None:
         return None
     if len(class_names) != num_classes or len(set(class_names)) != len(class_names):
         raise HeadError(
-            f"class_names must be {num_classes} different names, one per class; got {len(class_names)}: {list(class_names)[:8]}."
+            f"class_names must be {num_classes} different names, one per class; got {len(class_names)}: "
+            f"{list(class_names)[:8]}."
         )
     return tuple(str(name) for name in class_names)
 
@@ -283,7 +287,10 @@ def _check_hidden(hidden: _Hidden, activation: str | None) -> None:
     if not getattr(scheme, "breaks_symmetry", True):
         raise SchemeError(f"hidden_init={type(scheme).__name__.lower()} is refused: {_ZERO_HIDDEN}")
     if scheme.needs_data or isinstance(scheme, Library):
-        raise SchemeError(f"hidden_init={type(scheme).__name__} is a scheme for the layer that makes the logits. Use he, xavier, lecun, orthogonal, ...")
+        raise SchemeError(
+            f"hidden_init={type(scheme).__name__} is a scheme for the layer that makes the logits. Use he, xavier, "
+            "lecun, orthogonal, ..."
+        )
     advice = suits(scheme, "linear" if activation == "identity" else activation)
     if advice:
         warnings.warn(f"hidden_init: {advice}", UserWarning, stacklevel=4)
@@ -337,8 +344,8 @@ def _known_of_module(model: nn.Module, pretrained: bool) -> _Start:
     source = earlier.source if earlier else None
     preprocessing = getattr(model, "headinit_preprocessing", None)
     if earlier is not None:
-        gone = {path for site in earlier.sites for path in [site.path]}
-        missing = tuple(n for n in earlier.new_parameters if not any(n.startswith(f"{path}.") for path in gone))
+        gone = tuple(f"{site.path}." for site in earlier.sites)
+        missing = tuple(name for name in earlier.new_parameters if not name.startswith(gone))
         return _Start(model, missing, source, earlier.pretrained, preprocessing)
     if library_of(model) == "transformers":
         filled = {n: getattr(p, "_is_hf_initialized", False) for n, p in model.named_parameters()}
@@ -361,6 +368,17 @@ def _missing_parameters(root: nn.Module, start: _Start, new_modules: Sequence[st
         renamed = {n: inner[id(p)] for n, p in start.model.named_parameters() if id(p) in inner}
     names = [renamed.get(name, name) for name in start.missing]
     return tuple(n for n in names if n in known and not any(n == m or n.startswith(f"{m}.") for m in new_modules))
+
+
+def _example_of(data: Any) -> Any:
+    """The first example of the data, to prove on a plain module which layer makes the logits; None if there is none."""
+    from headinit.features.extract import as_batches, split_batch
+    from headinit.features.moments import Moments
+
+    if data is None or isinstance(data, FeatureSet | Moments | Iterator):
+        return None  # an iterator would lose its first batch
+    inputs, _, _ = split_batch(next(iter(as_batches(data, 1))))
+    return {k: v[:1] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[:1]
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
@@ -394,12 +412,13 @@ def _place(
     pooling: str,
     bias: bool | None,
     undo: list[Any],
+    example: Any = None,
 ) -> tuple[nn.Module, tuple[HeadSite, ...], str]:
     """Put new head modules where the heads are; gives the model, the new sites and the pooling in force."""
     model = start.model
     if pooling == "native" and head not in TOKEN_KINDS:
         try:
-            return model, _replace_heads(model, num_classes, head, options, bias, undo), pooling
+            return model, _replace_heads(model, num_classes, head, options, bias, undo, example), pooling
         except HeadError as error:
             if not _is_headless(model):
                 raise
@@ -420,12 +439,18 @@ def _is_headless(model: Any) -> bool:
 
 
 def _replace_heads(
-    model: nn.Module, num_classes: int, head: str, options: Mapping[str, Any], bias: bool | None, undo: list[Any]
+    model: nn.Module,
+    num_classes: int,
+    head: str,
+    options: Mapping[str, Any],
+    bias: bool | None,
+    undo: list[Any],
+    example: Any = None,
 ) -> tuple[HeadSite, ...]:
     if isinstance(model, HeadedBackbone):
         old_sites: tuple[HeadSite, ...] = (dataclasses.replace(record_of(model).sites[0]),)
     else:
-        old_sites = find_head(model)
+        old_sites = find_head(model, example)
     sites = []
     for site in old_sites:
         old = model.get_submodule(site.path)
@@ -440,8 +465,14 @@ def _replace_heads(
         _set_module(model, site.path, new, undo)
         has_bias = getattr(output_layer(new), "bias", None) is not None
         sites.append(
-            HeadSite(site.path, "conv" if kind == "linear" and isinstance(new, nn.Conv2d) else kind,
-                     site.in_features, num_classes, has_bias, site.role)
+            HeadSite(
+                site.path,
+                "conv" if kind == "linear" and isinstance(new, nn.Conv2d) else kind,
+                site.in_features,
+                num_classes,
+                has_bias,
+                site.role,
+            )
         )
     return tuple(sites)
 
@@ -467,25 +498,24 @@ def _wrap(
         raise HeadError("The model already pools its own tokens. Attach to model.backbone to pool in another way.")
     body, width, chosen = split_body(model, pooling, head)
     if head == "conv" and options.get("dims") is None:
-        options = {**options, "dims": 1 if library_of(model) == "transformers" else 2}
+        gives_tokens = library_of(model) == "transformers" or hasattr(model, "_process_input")
+        options = {**options, "dims": 1 if gives_tokens else 2}
     with global_generators_kept(0):
         new = build_head(head, width, num_classes, bias=True if bias is None else bias, options=options)
     _match(new, body, new if not list(body.parameters()) else body)
-    if body is model and library_of(model) == "timm" and hasattr(model, "get_classifier"):
+    if body is model and library_of(model) in ("timm", "torchvision") and not _is_headless(model):
         for site in find_head(model):
             _set_module(model, site.path, nn.Identity(), undo)  # a classifier that no pass reads never gets a gradient
-    if chosen != "pooler" and "add_pooling_layer" in inspect.signature(type(body).__init__).parameters:
-        if body._modules.get("pooler") is not None:  # the same holds for a pooler; the library allows for its absence
-            _set_module(body, "pooler", None, undo)
+    optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
+    if chosen != "pooler" and optional and body._modules.get("pooler") is not None:
+        _set_module(body, "pooler", None, undo)  # the same holds for a pooler; the library allows for its absence
     wrapped = HeadedBackbone(body, chosen, new, library_of(model)).train(model.training)
     has_bias = getattr(output_layer(new), "bias", None) is not None
     return wrapped, (HeadSite("head", head, width, num_classes, has_bias),), chosen
 
 
 def _parameters_under(root: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
-    return tuple(
-        child_path(path, name) for path in paths for name, _ in root.get_submodule(path).named_parameters()
-    )
+    return tuple(child_path(path, name) for path in paths for name, _ in root.get_submodule(path).named_parameters())
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -508,10 +538,10 @@ def _write(parameter: Tensor, values: Tensor) -> None:
 
 def _fill_missing(
     root: nn.Module, missing: Sequence[str], num_classes: int, seed: int, source: Any, undo: list[Any]
-) -> list[str]:
+) -> None:
     """Start what the checkpoint did not fill by the library's own rule, from generators of its own."""
     if not missing:
-        return []
+        return
     owner, prefix = (root.backbone, "backbone.") if isinstance(root, HeadedBackbone) else (root, "")
     names = [name.removeprefix(prefix) for name in missing]
     values = library_tensors(owner, names, num_classes, seed=seed, source=source)
@@ -519,7 +549,6 @@ def _fill_missing(
         parameter = root.get_parameter(full)
         undo.append(_restore_values(parameter))
         _write(parameter, values[name])
-    return []
 
 
 @dataclass
@@ -538,7 +567,7 @@ def _initialise(root: nn.Module, record: HeadRecord, scheme: Scheme, hidden: _Hi
     library = _library_values(root, record) if _innermost(scheme) else {}
     for site in record.sites:
         module = root.get_submodule(site.path)
-        layer = output_layer(module)
+        layer: Any = output_layer(module)
         _refuse_parametrised(layer, site.path)
         path = site.path if layer is module else f"{site.path}.output"
         own = _given(scheme, *library[site.path]) if library else scheme
@@ -556,8 +585,9 @@ def _initialise(root: nn.Module, record: HeadRecord, scheme: Scheme, hidden: _Hi
     dtype = output_layer(root.get_submodule(record.sites[0].path)).weight.dtype
     if dtype in (torch.float16, torch.bfloat16):
         started.notes.append(
-            f"The head was initialised in float32 and cast to the backbone's {str(dtype).removeprefix('torch.')}. Training a "
-            "16-bit head loses small updates: call model.float(), or load the model with dtype=torch.float32."
+            f"The head was initialised in float32 and cast to the backbone's {str(dtype).removeprefix('torch.')}. "
+            "Training a 16-bit head loses small updates: call model.float(), or load the model with "
+            "dtype=torch.float32."
         )
     return started
 
@@ -565,8 +595,8 @@ def _initialise(root: nn.Module, record: HeadRecord, scheme: Scheme, hidden: _Hi
 def _refuse_parametrised(layer: nn.Module, path: str) -> None:
     if nn.utils.parametrize.is_parametrized(layer):
         raise HeadError(
-            f"The weight of {path!r} is parametrised (weight or spectral norm), so values written to it are lost. Remove it "
-            "first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'); or use attach_head."
+            f"The weight of {path!r} is parametrised (weight or spectral norm), so values written to it are lost. "
+            "Remove it first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'); or use attach_head."
         )
 
 
@@ -642,23 +672,23 @@ def _given(scheme: Scheme, weight: Tensor, bias: Tensor | None) -> Scheme:
 
 def _library_values(root: nn.Module, record: HeadRecord) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of each head as its library builds them for K classes."""
-    values = {}
-    for site in record.sites:
-        layer = output_layer(root.get_submodule(site.path))
-        if isinstance(root, HeadedBackbone) or layer is not root.get_submodule(site.path) or not is_layer(layer):
+    layers: dict[str, Any] = {site.path: root.get_submodule(site.path) for site in record.sites}
+    if isinstance(root, HeadedBackbone) or not all(is_layer(layer) for layer in layers.values()):
+        raise SchemeError(
+            f"init=library: the library builds no {record.head} head (pooling={record.pooling}) for this model. "
+            "Use head=linear with pooling=native, or another init."
+        )
+    names = _parameters_under(root, list(layers))
+    fresh = library_tensors(root, names, record.num_classes, seed=record.seed, source=record.source)
+    values: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for path, layer in layers.items():
+        weight, bias = fresh[f"{path}.weight"], fresh.get(f"{path}.bias")
+        if weight.shape != layer.weight.shape:
             raise SchemeError(
-                f"init=library: the library builds no {record.head} head (pooling={record.pooling}) for this model. Use "
-                "head=linear with pooling=native, or another init."
-            )
-        names = [child_path(site.path, name) for name in ("weight", "bias") if getattr(layer, name, None) is not None]
-        fresh = library_tensors(root, names, record.num_classes, seed=record.seed, source=record.source)
-        tensors = [fresh[name].float() for name in names]
-        if tensors[0].shape != layer.weight.shape:
-            raise SchemeError(
-                f"init=library: the library's head at {site.path!r} has shape {tuple(tensors[0].shape)}, this one "
+                f"init=library: the library's head at {path!r} has shape {tuple(weight.shape)}, this one "
                 f"{tuple(layer.weight.shape)}. Use another init."
             )
-        values[site.path] = (tensors[0].flatten(1), tensors[1] if len(tensors) > 1 else None)
+        values[path] = (weight.float().flatten(1), None if bias is None else bias.float())
     return values
 
 
@@ -673,7 +703,9 @@ def _features_for(root: nn.Module, record: HeadRecord, site: HeadSite, path: str
 
     if isinstance(data, Moments):
         if path != site.path:
-            raise SchemeError("Moments of the backbone's features do not describe those of a hidden layer. Pass batches.")
+            raise SchemeError(
+                "Moments of the backbone's features do not describe those of a hidden layer. Pass batches."
+            )
         return data
     if isinstance(data, FeatureSet):
         return _through_hidden(root.get_submodule(site.path), data, site)
@@ -705,19 +737,20 @@ def _check_result(root: nn.Module, site: HeadSite, layer: Any, result: HeadWeigh
     """Refuse what would be wrong in silence: wrong shape, values that are not finite, a head that can never move."""
     if result.weight.numel() != layer.weight.numel() or not torch.isfinite(result.weight).all():
         raise SchemeError(
-            f"The scheme gave a weight of shape {tuple(result.weight.shape)} with finite={bool(torch.isfinite(result.weight).all())} "
-            f"for the head {path!r}, which needs {tuple(layer.weight.shape)}."
+            f"The scheme gave a weight of shape {tuple(result.weight.shape)} with "
+            f"finite={bool(torch.isfinite(result.weight).all())} for the head {path!r}, which needs "
+            f"{tuple(layer.weight.shape)}."
         )
     if getattr(layer, "bias", None) is None and result.bias is not None and result.bias.abs().max() > 0:
         raise SchemeError(
-            f"The scheme gives the logits a bias, and the head {path!r} has none. Attach with bias=True, or choose a scheme "
-            "without bias."
+            f"The scheme gives the logits a bias, and the head {path!r} has none. Attach with bias=True, or choose a "
+            "scheme without bias."
         )
     dead = not result.weight.any() and (result.bias is None or bool((result.bias <= 0).all()))
     if dead and relu_follows(root, site.path):
         raise SchemeError(
-            f"A zero head at {site.path!r} would never move: its output goes through a ReLU, whose gradient at 0 is 0. Use a "
-            "small random head (init=scaled_down), or a positive bias (init_options={'bias': 0.01})."
+            f"A zero head at {site.path!r} would never move: its output goes through a ReLU, whose gradient at 0 is 0. "
+            "Use a small random head (init=scaled_down), or a positive bias (init_options={'bias': 0.01})."
         )
 
 
@@ -741,8 +774,8 @@ def _check_kept(root: nn.Module, kept: Mapping[str, tuple[int, int]]) -> None:
         tensor = tensors[name]
         if tensor.data_ptr() != address or (0 if tensor.is_inference() else tensor._version) != version:
             raise HeadError(
-                f"Attaching a head wrote to {name!r}, which is not part of it. This must not happen; the cause is likely a "
-                "forward hook or a scheme that changes the model."
+                f"Attaching a head wrote to {name!r}, which is not part of it. This must not happen; the cause is "
+                "likely a forward hook or a scheme that changes the model."
             )
 
 
@@ -771,7 +804,7 @@ def _tell_model(root: nn.Module, record: HeadRecord, undo: list[Any]) -> None:
     if config is None or not hasattr(config, "num_labels"):
         return
     before = copy.deepcopy({k: getattr(config, k, None) for k in ("id2label", "label2id", "problem_type")})
-    undo.append(lambda: [setattr(config, k, v) for k, v in before.items()])
+    undo.append(lambda: vars(config).update(before))
     names = record.class_names or tuple(f"LABEL_{k}" for k in range(record.num_classes))
     config.num_labels = record.num_classes
     config.id2label = dict(enumerate(names))
@@ -803,4 +836,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'headinit.attach' has no attribute {name!r}")
 
 
-__all__ = ["HeadInitError", "attach_head", "init_head", "rebuild_heads"]
+__all__ = ["attach_head", "init_head", "rebuild_heads"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -10,11 +11,40 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from headinit.config import run_id
 from headinit.errors import HeadInitError, unknown_name
+
+_DEBUG = "HEADINIT_DEBUG"  # an environment variable, so that the processes of a launcher know it too
+
+
+def mistakes_reported(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """For a Hydra task: report a mistake of the user's here, before Hydra adds lines of its own about the failed job."""
+
+    @functools.wraps(task)
+    def wrapped(config: DictConfig) -> None:
+        try:
+            task(config)
+        except HeadInitError as error:
+            if _debugging():
+                raise
+            _remove_empty_run_folder()
+            print(f"Error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def _remove_empty_run_folder() -> None:
+    """Hydra makes the run's folder before the run has looked at its input."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with suppress(OSError):  # not empty: something worth keeping is there
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def run_script(main: Callable[[], Any]) -> int:
@@ -27,7 +57,8 @@ def run_script(main: Callable[[], Any]) -> int:
         The exit code: 0, or 2 after a mistake of the user's, whose message went to standard error. With ``--debug`` on
         the command line or ``HYDRA_FULL_ERROR=1`` in the environment the exception is raised instead.
     """
-    debug = "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    if "--debug" in sys.argv or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        os.environ[_DEBUG] = "1"
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     with suppress(ValueError):  # already registered by an earlier call in this process
         OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_))
@@ -38,7 +69,7 @@ def run_script(main: Callable[[], Any]) -> int:
         print("Interrupted. The same command goes on where this one stopped.", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
+        if _debugging():
             raise
         message = _message(error)
         if message is None:
@@ -46,6 +77,10 @@ def run_script(main: Callable[[], Any]) -> int:
         print(f"Error: {message}", file=sys.stderr)
         return 2
     return 0
+
+
+def _debugging() -> bool:
+    return os.environ.get(_DEBUG) == "1"
 
 
 def _message(error: Exception) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from headinit.errors import ConfigError, unknown_name
 
@@ -140,7 +140,7 @@ def run_id(config: DictConfig | Mapping[str, Any]) -> str:
         >>> run_id(groups)[:26], run_id(groups) == run_id({**groups, "trainer": {"workers": 4}})
         ('resnet50-digits-he-linear-', True)
     """
-    semantic = _plain(config)
+    semantic = _plain(config, complete=False)  # what is missing is reported when the settings are read
     for path in _NOT_SEMANTIC:
         *parents, last = path.split(".")
         node: Any = semantic
@@ -160,12 +160,12 @@ def as_mapping(settings: Settings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def _plain(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+def _plain(config: DictConfig | Mapping[str, Any], *, complete: bool = True) -> dict[str, Any]:
     """A deep plain copy with interpolations resolved; the `hydra` node, which has its own, is left out."""
     if isinstance(config, DictConfig):
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         try:
-            container = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+            container = OmegaConf.to_container(own, resolve=True, throw_on_missing=complete)
         except OmegaConfBaseException as error:
             raise ConfigError(_readable(error)) from error
         return container  # type: ignore[return-value]
@@ -213,4 +213,6 @@ def _readable(error: OmegaConfBaseException) -> str:
     """The first line of an OmegaConf error with the full key, without its object dump."""
     key = getattr(error, "full_key", None)
     message = str(error).splitlines()[0]
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is not set: give {key}=..."
     return f"{key}: {message}" if key and key not in message else message

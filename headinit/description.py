@@ -79,13 +79,16 @@ class Description:
                 f"{'' if site.bias else ', no bias'}"
             )
         width = max([len(line.name) for line in self.parameters], default=4)
-        lines.append(f"  {'new parameter':<{width}}  {'shape':<14} {'scheme':<14} {'std intended':>12} {'measured':>10}")
+        lines.append(
+            f"  {'new parameter':<{width}}  {'shape':<14} {'scheme':<14} {'std intended':>12} {'measured':>10}"
+        )
         for line in self.parameters:
             intended = "from values" if line.intended_std is None else f"{line.intended_std:.4g}"
             shape = "x".join(map(str, line.shape))
             state = "" if line.trainable else "  frozen"
             lines.append(
-                f"  {line.name:<{max(width, 13)}}  {shape:<14} {line.scheme:<14} {intended:>12} {line.measured_std:>10.4g}{state}"
+                f"  {line.name:<{max(width, 13)}}  {shape:<14} {line.scheme:<14} {intended:>12} "
+                f"{line.measured_std:>10.4g}{state}"
             )
         lines.append(f"  parameters: {self.new:,} new, {self.trainable:,} trainable, {self.frozen:,} frozen")
         if self.kept_tensors:
@@ -197,21 +200,24 @@ def _warnings(root: nn.Module, sites: tuple[HeadSite, ...], record: HeadRecord |
         frozen = [n for n in record.new_parameters if not root.get_parameter(n).requires_grad]
         if frozen:
             found.append(
-                f"{frozen[0]!r} is new and frozen: it stays as random as it is. Unfreeze it, or freeze by headinit.freeze, "
-                "which never freezes new parameters."
+                f"{frozen[0]!r} is new and frozen: it stays as random as it is. Unfreeze it, or freeze by "
+                "headinit.freeze, which never freezes new parameters."
             )
     elif _unfilled(root, sites):
         names = _unfilled(root, sites)
         found.append(
             f"{names[0]!r} was not filled by the checkpoint and is random"
-            f"{', and it is frozen' if not root.get_parameter(names[0]).requires_grad else ''}. Attach a head by headinit, which "
-            "counts it as new."
+            f"{', and it is frozen' if not root.get_parameter(names[0]).requires_grad else ''}. Attach a head by "
+            "headinit, which counts it as new."
         )
     for site in sites:
         found += _site_warnings(root, site)
     for path, mode in _frozen_modules(root):
         if mode == "training mode" and _drifts(root, path):
-            found.append(f"{path} is frozen but in training mode: its BatchNorm statistics or dropout still act. Use headinit.freeze.")
+            found.append(
+                f"{path} is frozen but in training mode: its BatchNorm statistics or dropout still act. Use "
+                "headinit.freeze."
+            )
     return found
 
 
@@ -226,7 +232,8 @@ def _unfilled(root: nn.Module, sites: tuple[HeadSite, ...]) -> list[str]:
 def _drifts(root: nn.Module, path: str) -> bool:
     module = root if path == "(whole model)" else root.get_submodule(path)
     return any(
-        isinstance(child, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd) and child.training
+        isinstance(child, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd)
+        and child.training
         and getattr(child, "p", 1.0) > 0
         for child in module.modules()
     )
@@ -235,16 +242,22 @@ def _drifts(root: nn.Module, path: str) -> bool:
 def _site_warnings(root: nn.Module, site: HeadSite) -> list[str]:
     head = root.get_submodule(site.path)
     layer: Any = output_layer(head)
-    found = []
+    found: list[str] = []
     weight = getattr(layer, "weight", None)
     if weight is None:
         return found
     if weight.dtype in (torch.float16, torch.bfloat16):
-        found.append(f"the head at {site.path!r} is {str(weight.dtype).removeprefix('torch.')}: small updates are lost. Use float32.")
+        found.append(
+            f"the head at {site.path!r} is {str(weight.dtype).removeprefix('torch.')}: small updates are lost. Use "
+            "float32."
+        )
     part = hidden_part(head)
     for name, parameter in part.named_parameters() if part is not None else []:
         if parameter.ndim > 1 and not parameter.any():
-            found.append(f"the hidden layer {site.path}.hidden.{name} is all zeros: its units stay equal for ever. Re-initialise it.")
+            found.append(
+                f"the hidden layer {site.path}.hidden.{name} is all zeros: its units stay equal for ever. "
+                "Re-initialise it."
+            )
     bias = getattr(layer, "bias", None)
     if relu_follows(root, site.path) and not weight.any() and (bias is None or bool((bias <= 0).all())):
         found.append(f"the head at {site.path!r} is zero before a ReLU: its gradient is exactly 0, so it never moves.")
@@ -287,9 +300,7 @@ def _measured_start(
     }
 
 
-def _one_batch(
-    root: nn.Module, site: HeadSite, inputs: Any, labels: Tensor, task: str
-) -> tuple[Tensor, Tensor, float]:
+def _one_batch(root: nn.Module, site: HeadSite, inputs: Any, labels: Tensor, task: str) -> tuple[Tensor, Tensor, float]:
     caught: list[Tensor] = []
 
     def detach(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -230,7 +230,7 @@ def recipe_of(settings: Settings) -> Recipe:
         backbone_lr=optim.backbone_lr,
         layer_decay=optim.layer_decay,
         weight_decay=optim.weight_decay,
-        betas=(optim.betas[0], optim.betas[1]),
+        betas=tuple(optim.betas),  # type: ignore[arg-type]
         eps=optim.eps,
         momentum=optim.momentum,
         nesterov=optim.nesterov,

@@ -1,4 +1,4 @@
-"""What a model's own library would have built: the tensors of a freshly made model, for the head and for missing parts."""
+"""What a model's own library would have built: tensors of a freshly made model, for the head and for missing parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headinit.errors import HeadInitError, SchemeError
+from headinit.errors import SchemeError
 from headinit.heads.locate import library_of
 from headinit.seeding import derived_seed, global_generators_kept
 
@@ -63,8 +63,8 @@ def _rebuilt(model: Any, num_classes: int, source: Mapping[str, Any] | None, see
         with global_generators_kept(seed):
             return timm.create_model(architecture, pretrained=False, num_classes=num_classes)
     raise SchemeError(
-        f"init=library needs the builder of this {type(model).__name__}, which the model does not name. Attach by name, "
-        "such as attach_head('torchvision/resnet50', ...), or choose another init."
+        f"init=library needs the builder of this {type(model).__name__}, which the model does not name. Attach by "
+        "name, such as attach_head('torchvision/resnet50', ...), or choose another init."
     )
 
 
@@ -121,6 +121,3 @@ def _plain_tensors(model: nn.Module, names: list[str], seed: int) -> dict[str, T
             reset()
         found |= {f"{path}.{name}" if path else name: p.detach() for name, p in module.named_parameters()}
     return {name: found[name] for name in names}
-
-
-__all__ = ["HeadInitError", "library_tensors"]

@@ -44,7 +44,8 @@ def save(model: nn.Module, folder: str | os.PathLike, *, preprocessing: Any = No
     Args:
         model: a model with a head attached by headinit.
         folder: where to; an earlier headinit model there is replaced, anything else is left alone and refused.
-        preprocessing: an `ImagePreprocessing` or `TextPreprocessing`; by default the one that the model was loaded with.
+        preprocessing: an `ImagePreprocessing` or `TextPreprocessing`; by default the one that the model was loaded
+            with.
 
     Raises:
         HeadError: the model has no head attached by headinit.
@@ -82,7 +83,9 @@ def _refuse_foreign(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise CheckpointError(f"Cannot save to {target}: it is not a folder. Name a new one.")
     if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise CheckpointError(f"Cannot save to {target}: it holds files that headinit did not write. Name a new folder.")
+        raise CheckpointError(
+            f"Cannot save to {target}: it holds files that headinit did not write. Name a new folder."
+        )
 
 
 def _write_files(root: nn.Module, record: HeadRecord, preprocessing: Any, staging: Path) -> dict[str, Any]:
@@ -148,12 +151,11 @@ def _write_weights(root: nn.Module, path: Path) -> dict[str, str]:
 def _write_timm_config(root: Any, record: HeadRecord, staging: Path) -> None:
     """timm's own config.json, which `create_model("local-dir:FOLDER")` reads."""
     cfg = getattr(root, "pretrained_cfg", None)
-    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
-    if not architecture:
+    if not isinstance(cfg, Mapping) or not cfg.get("architecture"):
         return
     kept = {key: value for key, value in cfg.items() if key not in ("state_dict", "file", "url", "hf_hub_id")}
     config = {
-        "architecture": architecture,
+        "architecture": cfg["architecture"],
         "num_classes": record.num_classes,
         "num_features": getattr(root, "num_features", None),
         "label_names": list(record.class_names) if record.class_names else None,
@@ -312,11 +314,14 @@ def _check_file(place: Path, name: str, expected: Any) -> None:
         raise CheckpointError(f"{place} names a file outside itself ({name!r}). Do not trust this folder.")
     path = place / name
     if not path.is_file():
-        raise CheckpointError(f"{place} lacks {name!r}, which its list of files names. It is incomplete: copy it again.")
+        raise CheckpointError(
+            f"{place} lacks {name!r}, which its list of files names. It is incomplete: copy it again."
+        )
     if not isinstance(expected, dict) or path.stat().st_size != expected.get("bytes"):
         raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, and {expected.get('bytes') if isinstance(expected, dict) else '?'} were "
-            "written. It is truncated or was changed: copy it again."
+            f"{path} has {path.stat().st_size} bytes, and "
+            f"{expected.get('bytes') if isinstance(expected, dict) else '?'} were written. It is truncated or was "
+            "changed: copy it again."
         )
     if _digest(path)["sha256"] != expected.get("sha256"):
         raise CheckpointError(f"{path} has another SHA-256 than when it was written. It was changed: copy it again.")
@@ -378,11 +383,12 @@ def _transformers_class(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(
-            f"The saved model is of class {name!r}, which transformers {transformers.__version__} does not have. No code "
-            "from the folder is run; install the version of transformers that it was made with."
+            f"The saved model is of class {name!r}, which transformers {transformers.__version__} does not have. No "
+            "code from the folder is run; install the version of transformers that it was made with."
         )
     config = _config_of(dict(architecture.get("config") or {}), name)
-    if isinstance(getattr(cls, "config_class", None), type) and not isinstance(config, cls.config_class):
+    expected: Any = getattr(cls, "config_class", None)
+    if isinstance(expected, type) and not isinstance(config, expected):
         raise CheckpointError(f"The saved configuration ({type(config).__name__}) is not one of {name}.")
     return cls, config
 
@@ -407,7 +413,9 @@ def _native_transformers(manifest: Mapping[str, Any], place: Path) -> nn.Module:
     absent = sorted(info["missing_keys"])
     if absent or info["mismatched_keys"] or info["unexpected_keys"]:
         wrong = (absent or sorted(map(str, info["mismatched_keys"])) or sorted(info["unexpected_keys"]))[0]
-        raise CheckpointError(f"The weights in {place} do not fit {cls.__name__}: {wrong} is missing, extra or of another shape.")
+        raise CheckpointError(
+            f"The weights in {place} do not fit {cls.__name__}: {wrong} is missing, extra or of another shape."
+        )
     return model
 
 
@@ -435,8 +443,8 @@ def _fill_from(root: nn.Module, state: Mapping[str, Tensor], place: Path) -> Non
     wrong = sorted(own.keys() ^ state.keys()) or [n for n in own if own[n].shape != state[n].shape]
     if wrong:
         raise CheckpointError(
-            f"The weights in {place} do not fit {type(root).__name__}: {wrong[0]!r} is missing, extra or of another shape "
-            f"({len(wrong)} in all). Give the architecture that was saved: headinit.load(folder, model=...)."
+            f"The weights in {place} do not fit {type(root).__name__}: {wrong[0]!r} is missing, extra or of another "
+            f"shape ({len(wrong)} in all). Give the architecture that was saved: headinit.load(folder, model=...)."
         )
     for name, parameter in root.named_parameters():
         if name in state:

@@ -11,10 +11,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from headinit.command_line import run_script
+from headinit.command_line import mistakes_reported, run_script
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="finetune")
+@mistakes_reported
 def main(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 

@@ -18,22 +18,19 @@ LENGTH = 8
 WIDTH = 64
 
 _LAYERS = 2
-_SIZES: dict[str, Any] = {
-    **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
-         "num_decoder_layers", "num_encoder_layers", "num_hidden_groups", "num_blocks"),
-        _LAYERS,
-    ),
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "word_embed_proj_dim", "embedding_size"), WIDTH),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim",
-                     "ffn_hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "d_inner"), WIDTH),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads",
-                     "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads",), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "d_head", "attention_head_size", "global_head_dim"), 16),
-    **dict.fromkeys(("vocab_size",), VOCABULARY),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-}  # fmt: skip
+_NAMES = {
+    _LAYERS: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_decoder_layers "
+    "num_encoder_layers num_hidden_groups num_blocks",
+    WIDTH: "hidden_size d_model n_embd dim emb_dim word_embed_proj_dim embedding_size intermediate_size ffn_dim d_ff "
+    "n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size moe_intermediate_size "
+    "shared_expert_intermediate_size d_inner",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
+    "num_local_experts n_routed_experts moe_num_experts",
+    16: "head_dim d_kv d_head attention_head_size global_head_dim",
+    VOCABULARY: "vocab_size",
+}
+_SIZES: dict[str, int] = {name: size for size, names in _NAMES.items() for name in names.split()}
+_SIZES |= {"num_key_value_heads": 2, "image_size": 64}
 _TOKENS = (
     "pad_token_id",
     "bos_token_id",
@@ -45,16 +42,21 @@ _TOKENS = (
 )
 
 
-# From the smallest to the library's own sizes: the first that builds and runs is taken. Some sizes depend on each other in
-# ways that only the architecture knows (latent attention, rotary widths, convolution stages).
-_HEADS = ("head_dim", "d_kv", "d_head", "attention_head_size", "global_head_dim", "num_experts", "num_local_experts",
-          "n_routed_experts", "moe_num_experts")  # fmt: skip
-_WIDTHS = tuple(name for name, value in _SIZES.items() if value in (WIDTH, 4, 2, 16) and name not in _HEADS)
-_DEPTHS = tuple(name for name, value in _SIZES.items() if value == _LAYERS and name != "num_key_value_heads")
+# From the smallest to the library's own sizes: the first that builds and runs is taken. Some sizes depend on each other
+# in ways that only the architecture knows (latent attention, rotary widths, convolution stages).
+_DELICATE = (
+    *_NAMES[16].split(),
+    "image_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+_DEEP = (*_NAMES[_LAYERS].split(), "vocab_size")
 LEFT_ALONE: tuple[tuple[str, ...], ...] = (
     (),
-    _HEADS,
-    (*_HEADS, *(n for n in _WIDTHS if n not in _DEPTHS)),
+    _DELICATE,
+    tuple(name for name in _SIZES if name not in _DEEP),
     tuple(_SIZES),
 )
 
@@ -82,7 +84,7 @@ def shrink(config_class: Any, left_alone: tuple[str, ...] = (), **special: Any) 
         nested = getattr(default, name, None)
         if hasattr(nested, "to_dict"):
             sizes[name] = shrink(type(nested), left_alone).to_dict()
-    config = config_class(**{**sizes, **special})
+    config = config_class(**{name: value for name, value in {**sizes, **special}.items() if value is not None})
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for owner in (config, text):
         if getattr(owner, "pad_token_id", None) is None:
@@ -99,14 +101,15 @@ _LATENT = {  # latent attention: its five widths and its groups of experts go to
     "num_key_value_heads": 4, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
     "q_lora_rank": 32, "kv_lora_rank": 32, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
-_HYBRID = {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}
+# Two layers of each kind: what hybrid layers share needs two of them.
+_HYBRID = {"num_hidden_layers": 4, "layer_types": None, "layers_block_type": ["linear_attention", "hybrid"] * 2}
 _EXPLICIT_HEADS = {"head_dim": 16, "num_key_value_heads": 2}  # the defaults are None, and are not derived
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": _LATENT,
     "axk2": {**_LATENT, "index_head_dim": 32, "index_n_heads": 4},
     "deepseek_v2": _LATENT,
     "deepseek_v3": _LATENT,
-    "mistral4": _LATENT,
+    "mistral4": {**_LATENT, "head_dim": 32},
     "minicpm3": {**_LATENT, "num_experts_per_tok": 2},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 1},  # the defaults leave the vocabulary open
@@ -123,11 +126,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "t5": {"decoder_start_token_id": 0},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "perceiver": {"num_latents": 8, "d_latents": WIDTH, "num_self_attends_per_block": 1, "max_position_embeddings": 32},
+    # The default is B7; the width of its last stage follows from the coefficient.
+    "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.1, "hidden_dim": 1280, "image_size": 64},
     "funnel": {"block_sizes": [1, 1]},
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "has_spatial_attention_bias": False},
     "lilt": {"channel_shrink_ratio": 2, "hidden_size": 48},
     "bloom": {"hidden_size": WIDTH, "n_head": 4},
-    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "num_buckets": None},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
 }
 
 

@@ -413,6 +413,23 @@ def test_heads_over_the_patches_of_timm_models(name: str) -> None:
         assert not any(n.startswith(("backbone.head.", "backbone.fc.")) for n in names)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_32", "swin_t", "vgg11"])
+def test_heads_over_the_patches_of_torchvision_models(name: str) -> None:
+    model = attach_head(torchvision.models.get_model(name), 3, head="attention_pool").eval()
+    size = 224 if name == "vit_b_32" else 96
+    assert model(pictures(2, size)).shape == (2, 3)
+    assert find_head(model)[0].path == "head"
+
+
+def test_mean_pooling_of_a_resnet_is_its_own_pooling() -> None:
+    source = torchvision.models.resnet18().eval()
+    pooled = attach_head(copy.deepcopy(source), 3, pooling="mean").eval()
+    native = attach_head(source, 3, init=schemes.build("he"))
+    with torch.no_grad():
+        native.fc.weight.copy_(pooled.head.weight)
+    torch.testing.assert_close(pooled(pictures()), native(pictures()), rtol=1e-4, atol=1e-4)
+
+
 # --- heads with hidden layers -----------------------------------------------------------------------------------------
 
 
@@ -435,7 +452,7 @@ def test_hidden_options() -> None:
     hidden = model[2].hidden[0]
     torch.testing.assert_close(hidden.weight @ hidden.weight.T, torch.eye(6), rtol=0, atol=1e-5)
     assert hidden.bias.tolist() == pytest.approx([0.1] * 6)
-    with pytest.raises(SchemeError, match="symmetry|equal"):
+    with pytest.raises(SchemeError, match="equal units"):
         attach_head(perceptron(), 3, head="mlp", head_options={"hidden_init": "zeros"})
     for activation, init, remedy in (("relu", "xavier", "he"), ("tanh", "he", "xavier")):
         with pytest.warns(UserWarning, match=f"Use {remedy}"):
@@ -505,7 +522,13 @@ def test_library_is_what_transformers_builds() -> None:
     assert model.classifier.weight.std().item() == pytest.approx(0.3, rel=0.05)
     assert not model.classifier.bias.any()
     # CLIP's head is started by a rule on the classifier model itself, not on its last layer
-    vision = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 32}
+    vision = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "image_size": 32,
+    }
     config = transformers.CLIPConfig(vision_config=vision, text_config={"hidden_size": 8, "num_hidden_layers": 1})
     config.initializer_factor = 2.0
     clip = attach_head(transformers.CLIPForImageClassification(config), 200, init="library")
@@ -564,6 +587,23 @@ def test_a_feature_set_stands_for_the_features_of_the_backbone() -> None:
         torch.testing.assert_close(model(inputs), direct(inputs), rtol=1e-3, atol=1e-4)
 
 
+def test_data_tell_which_layer_of_a_plain_module_is_the_head() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body = nn.Linear(6, 5), nn.Linear(8, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).relu())
+
+    inputs, labels = clusters()
+    model = attach_head(HeadFirst(), 3, data=(inputs, labels))
+    assert record_of(model).sites[0].path == "head"
+    assert (
+        attach_head(HeadFirst(), 3, init="ridge", data=(inputs, labels))(inputs).argmax(1) == labels
+    ).float().mean() > 0.9
+
+
 def test_data_schemes_ask_for_data_and_change_nothing_without() -> None:
     model = perceptron()
     layer = model[2]
@@ -581,7 +621,9 @@ def test_init_head_restarts_the_attached_head_in_place() -> None:
         first = tensors_of(model)
         parameters = [id(p) for p in model.parameters()]
         init_head(model, "he", seed=2)
-        assert not torch.equal(first[record_of(model).new_parameters[0]], tensors_of(model)[record_of(model).new_parameters[0]])
+        assert not torch.equal(
+            first[record_of(model).new_parameters[0]], tensors_of(model)[record_of(model).new_parameters[0]]
+        )
         init_head(model, "he", seed=1)
         assert [id(p) for p in model.parameters()] == parameters  # optimisers keep their parameters
         assert all(torch.equal(first[n], t) for n, t in tensors_of(model).items())

@@ -71,7 +71,7 @@ def accelerate(
         inputs: the first batch, `(B, C, H, W)`.
         tolerance: largest relative error of the features of some pictures of this batch.
     """
-    sample = inputs[: MICRO_BATCH + 1]  # one picture over: the filling up of a smaller batch is checked as well
+    sample = inputs[: MICRO_BATCH // 2]  # the rest is filled with zeros, which must not reach the others
     expected = features_of(model)(sample)
     for make in (_compiled, _channels_last):
         try:
@@ -108,8 +108,8 @@ def _channels_last(
 def _compiled(model: nn.Module, features_of: Callable[[nn.Module], PictureRunner], sample: Tensor) -> PictureRunner:
     network = _shared_copy(model)
     run = features_of(network)
-    pictures = _filled(sample[:MICRO_BATCH]).contiguous(memory_format=torch.channels_last)
-    run(pictures)  # settles how the features are taken, before anything is traced
+    pictures = _filled(sample).contiguous(memory_format=torch.channels_last)
+    run(pictures[:1])  # settles how the features are taken, before anything is traced
     with torch.no_grad(), _graph_fusion(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*to a Python boolean", category=torch.jit.TracerWarning)
@@ -125,7 +125,8 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     tensors = itertools.chain(model.parameters(), model.buffers())
     network = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        # A parametrised weight is no parameter; setting it would write to the original, which is shared.
+        if isinstance(module, nn.Conv2d) and "weight" in module._parameters:
             weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
             module.weight = nn.Parameter(weight, requires_grad=False)
     return network

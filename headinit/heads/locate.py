@@ -1,9 +1,9 @@
 """Where the head of a model is: from what its library declares, checked by what the tensors do.
 
-A head is the layer whose output becomes the logits. Each library says in its own way where that layer is looked for
-(`_timm_scopes`, `_transformers_scopes`; a plain module is all scope), and one rule then picks it: the last Linear or
-convolution in the scope that makes as many outputs as the model says it has classes. `check_head` proves the choice on
-an input: when the layer's output is replaced by a constant, the logits must be that constant.
+A head is the layer whose output becomes the logits. Each library says in its own way where to look: timm by a path in
+the model's configuration, transformers by what lies beside the base model, a plain module by what comes last. One rule
+then picks the layer: the last Linear or convolution there that makes as many outputs as the model says it has classes.
+`check_head` proves the choice on an input: when the layer's output is replaced by constants, so are the logits.
 """
 
 from __future__ import annotations
@@ -74,7 +74,37 @@ def _layers(scope: nn.Module, prefix: str) -> list[tuple[str, nn.Module]]:
     return [(child_path(prefix, name), m) for name, m in scope.named_modules() if is_layer(m)]
 
 
-def _timm_scopes(model: nn.Module) -> tuple[list[str], int | None]:
+def _transformers_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    """transformers keeps the head beside the base model; a few classes hold it inside (perceiver), or have no base."""
+    wrapped = getattr(model, "timm_model", None)
+    if wrapped is not None:  # TimmWrapper: timm's own declaration holds inside it
+        return [(child_path("timm_model", path), layer) for path, layer in _timm_layers(wrapped)]
+    if "For" not in type(model).__name__:
+        raise HeadError(
+            f"{type(model).__name__} is a base model without a classification head. Give attach_head "
+            "pooling='mean' (or cls, pooler, max, last), or load its ...ForSequenceClassification class."
+        )
+    classes = model.config.num_labels
+    fitting = [(p, m) for p, m in _layers(model, "") if layer_width(m)[1] == classes and _role(p) == "main"]
+    outside = [(p, m) for p, m in fitting if p.partition(".")[0] != model.base_model_prefix]
+    if not fitting:
+        raise HeadError(
+            f"{type(model).__name__} has no layer that makes config.num_labels = {classes} logits, so it is not a "
+            "classifier. Load its ...ForSequenceClassification or ...ForImageClassification class, or give "
+            "attach_head pooling='mean' to put a head on its base model."
+        )
+    return [(outside or fitting)[-1]]
+
+
+def _head_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers that the declarations point at, the main one first; `_sites` adds the siblings."""
+    library = library_of(model)
+    if library == "transformers":
+        return _transformers_layers(model)
+    return _timm_layers(model) if library == "timm" else [_last_layer(model)]
+
+
+def _timm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """timm writes the classifier's path into each model's configuration; several paths for several heads."""
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     declared = cfg.get("classifier") if isinstance(cfg, Mapping) else getattr(cfg, "classifier", None)
@@ -84,54 +114,7 @@ def _timm_scopes(model: nn.Module) -> tuple[list[str], int | None]:
             "Give attach_head pooling='mean' to put a head on its pooled output."
         )
     paths = [declared] if isinstance(declared, str) else list(declared)
-    return paths, getattr(model, "num_classes", None)
-
-
-def _transformers_scopes(model: Any) -> tuple[list[str], int | None]:
-    """transformers keeps the head beside the base model; a few classes hold it inside (`base_model` is the model)."""
-    if "For" not in type(model).__name__:
-        raise HeadError(
-            f"{type(model).__name__} is a base model without a classification head. Give attach_head "
-            "pooling='mean' (or cls, pooler, max, last), or load its ...ForSequenceClassification class."
-        )
-    outside = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    inside = [name for name, _ in model.named_children() if name == model.base_model_prefix]
-    return outside + inside, model.config.num_labels
-
-
-def _head_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The layers that the declarations point at, the main one first; siblings are added by `_with_siblings`."""
-    library = library_of(model)
-    if library == "transformers":
-        wrapped = getattr(model, "timm_model", None)
-        if wrapped is not None:  # TimmWrapper: timm's own declaration holds inside it
-            return [(child_path("timm_model", path), layer) for path, layer in _head_layers(wrapped)]
-        scopes, classes = _transformers_scopes(model)
-        for scope in scopes:
-            layers = _layers(model.get_submodule(scope), scope)
-            found = [(p, m) for p, m in layers if layer_width(m)[1] == classes and _role(p) == "main"]
-            if found:
-                # Several children of the model may hold a match; the last registered outside the base model wins.
-                outside = [s for s in scopes if s != getattr(model, "base_model_prefix", "")]
-                later = [
-                    (p, m)
-                    for s in outside
-                    for p, m in _layers(model.get_submodule(s), s)
-                    if layer_width(m)[1] == classes and _role(p) == "main"
-                ]
-                return [(later or found)[-1]]
-        raise HeadError(
-            f"{type(model).__name__} has no layer that makes config.num_labels = {classes} logits, so it is not a "
-            "classifier. Load its ...ForSequenceClassification or ...ForImageClassification class, or give "
-            "attach_head pooling='mean' to put a head on its base model."
-        )
-    if library == "timm":
-        return _timm_layers(model)
-    return [_last_layer(model)]
-
-
-def _timm_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    paths, classes = _timm_scopes(model)
+    classes = getattr(model, "num_classes", None)
     found: list[tuple[str, nn.Module]] = []
     for path in paths:
         module = _submodule(model, path)
@@ -167,9 +150,9 @@ def _last_layer(model: nn.Module) -> tuple[str, nn.Module]:
     path, last = parametric[-1]
     if not is_layer(last):
         raise HeadError(
-            f"The last layer with parameters of {type(model).__name__} is {path!r} ({type(last).__name__}), not a Linear or "
-            "Conv2d, so its head cannot be told from its backbone. Give an example input (find_head(model, inputs)), "
-            "or end the model with nn.Linear."
+            f"The last layer with parameters of {type(model).__name__} is {path!r} ({type(last).__name__}), not a "
+            "Linear or Conv2d, so its head cannot be told from its backbone. Give an example input (find_head(model, "
+            "inputs)), or end the model with nn.Linear."
         )
     return path, last
 
@@ -244,7 +227,9 @@ def _sibling_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if is_layer(module) and _role(path) != "main":
             parts = path.split(".")
-            outermost = next(".".join(parts[: i + 1]) for i in range(len(parts)) if _role(".".join(parts[: i + 1])) != "main")
+            outermost = next(
+                ".".join(parts[: i + 1]) for i in range(len(parts)) if _role(".".join(parts[: i + 1])) != "main"
+            )
             found[outermost if not _is_list(model, outermost) else path] = (path, module)
     return list(found.values())
 
@@ -268,12 +253,16 @@ def _width_of(model: nn.Module, head: tuple[str, nn.Module]) -> tuple[int, int]:
 def _site(model: nn.Module, path: str, layer: nn.Module, role: str) -> HeadSite:
     in_features, out_features = _width_of(model, (path, layer))
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        raise HeadError(f"The head {path!r} is a grouped convolution, in which classes see different features. Use groups=1.")
+        raise HeadError(
+            f"The head {path!r} is a grouped convolution, in which classes see different features. Use groups=1."
+        )
     weight = getattr(layer, "weight", None)
-    if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         raise HeadError(f"The head {path!r} is a lazy layer of unknown width. Run one batch through the model first.")
     kind = "linear" if isinstance(layer, nn.Linear) else "conv" if isinstance(layer, nn.Conv2d) else "none"
-    return HeadSite(path, kind, in_features, out_features, getattr(layer, "bias", None) is not None or kind == "none", role)
+    return HeadSite(
+        path, kind, in_features, out_features, getattr(layer, "bias", None) is not None or kind == "none", role
+    )
 
 
 def _refuse_tied(model: nn.Module, sites: Sequence[HeadSite]) -> None:
@@ -291,8 +280,8 @@ def _refuse_tied(model: nn.Module, sites: Sequence[HeadSite]) -> None:
         if len(owners) > 1:
             raise HeadError(
                 f"The weight of the last layer {site.path!r} is also {owners[0]!r}: they are tied, so replacing or "
-                "re-initialising it would change pretrained weights. Load a classification class of this model, or give "
-                "attach_head pooling='mean' to put a head on its base model."
+                "re-initialising it would change pretrained weights. Load a classification class of this model, or "
+                "give attach_head pooling='mean' to put a head on its base model."
             )
 
 
@@ -315,9 +304,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def check_head(model: nn.Module, sites: Sequence[HeadSite], inputs: Inputs) -> bool:
     """Whether the outputs of these layers are the logits, by a test of cause and effect.
 
-    The layers' outputs are replaced by the constants 1, 2, ..., K at every position. Whatever comes after a head (a mean
-    over positions or over two heads, a ReLU before pooling, the choice of the last token) leaves constants as they are,
-    so the logits must be 1, 2, ..., K; anything else that comes after changes them.
+    The layers' outputs are replaced by the constants 1, 2, ..., K at every position. Whatever comes after a head (a
+    mean over positions or over two heads, a ReLU before pooling, the choice of the last token) leaves them in
+    proportion, so the logits must be c, 2 c, ..., K c (c is 1; 1.5 where half of a second head is added); anything else
+    that comes after changes them.
     """
     main = [site for site in sites if site.role != "auxiliary"]
 
@@ -398,7 +388,9 @@ class HeadInput:
             HeadError: the head has not run yet.
         """
         if self.latest is None:
-            raise HeadError("The head received nothing: no forward pass reached it. Run model(inputs) inside the block.")
+            raise HeadError(
+                "The head received nothing: no forward pass reached it. Run model(inputs) inside the block."
+            )
         return self.latest
 
 

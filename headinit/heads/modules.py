@@ -43,7 +43,7 @@ def output_layer(head: nn.Module) -> nn.Module:
 
 
 def hidden_part(head: nn.Module) -> nn.Module | None:
-    """What comes before `output_layer`: it maps what the head receives to what that layer receives; None if nothing does."""
+    """What comes before `output_layer` and maps what the head receives to what that layer receives; None if nothing."""
     hidden = getattr(head, "hidden", None)
     return hidden if isinstance(hidden, nn.Module) else None
 
@@ -192,7 +192,7 @@ class CosineHead(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, scale: float | None = None, eps: float = 0.05) -> None:
         super().__init__()
-        if scale is not None and scale <= 0 or eps <= 0:
+        if (scale is not None and scale <= 0) or eps <= 0:
             raise HeadError(f"The scale and eps of a cosine head must be positive, got scale={scale!r}, eps={eps!r}.")
         self.in_features, self.out_features, self.eps = in_features, out_features, eps
         # Cosines with random directions have std 1 / sqrt(d): this scale keeps the std of the logits at 0.3 or less,
@@ -212,7 +212,9 @@ def _cosine(
     inputs: int, outputs: int, bias: bool, like: nn.Module | None, *, scale: float | None = None, eps: float = 0.05
 ) -> nn.Module:
     if isinstance(like, nn.Conv2d):
-        raise HeadError("A cosine head needs pooled features, and this model's head is a convolution. Use linear or mlp.")
+        raise HeadError(
+            "A cosine head needs pooled features, and this model's head is a convolution. Use linear or mlp."
+        )
     return CosineHead(inputs, outputs, scale, eps)
 
 
@@ -230,7 +232,8 @@ def as_tokens(features: Tensor) -> Tensor:
     if features.ndim == 3:
         return features
     raise HeadError(
-        f"This head looks at tokens (B, T, d) or a map (B, d, h, w), and got pooled features of shape {tuple(features.shape)}."
+        "This head looks at tokens (B, T, d) or a map (B, d, h, w), and got pooled features of shape "
+        f"{tuple(features.shape)}."
     )
 
 
@@ -276,9 +279,7 @@ class RecurrentPool(nn.Module):
             raise HeadError(f"A recurrent head needs hidden and layers of at least 1, got {hidden} and {layers}.")
         self.cell = cell
         between = dropout if layers > 1 else 0.0
-        self.rnn = cells[cell](
-            width, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between
-        )
+        self.rnn = cells[cell](width, hidden, layers, batch_first=True, bidirectional=bidirectional, dropout=between)
         self.dropout = nn.Dropout(dropout)
 
     @property
@@ -342,7 +343,7 @@ def _recurrent(
 
 
 class ConvolutionPool(nn.Module):
-    """A convolution over a map (or over tokens), an activation, and the maximum over positions (as in Kim's TextCNN)."""
+    """A convolution over a map or over tokens, an activation, the maximum over positions (Kim's TextCNN, 2014)."""
 
     def __init__(self, width: int, channels: int, kernel_size: int, dims: int, activation: str) -> None:
         super().__init__()
@@ -363,7 +364,9 @@ class ConvolutionPool(nn.Module):
                 tokens = tokens * (mask.unsqueeze(-1) != 0)
             features = tokens.transpose(1, 2)
         elif features.ndim != 4:
-            raise HeadError(f"This conv head needs a map (B, d, h, w), got {tuple(features.shape)}. Set dims=1 for tokens.")
+            raise HeadError(
+                f"This conv head needs a map (B, d, h, w), got {tuple(features.shape)}. Set dims=1 for tokens."
+            )
         mapped = self.activation(self.convolution(features))
         if mask is not None and mapped.ndim == 3:
             mapped = mapped.masked_fill(mask.unsqueeze(1) == 0, torch.finfo(mapped.dtype).min)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headinit.errors import HeadError, unknown_name
-from headinit.heads.locate import library_of
+from headinit.heads.locate import evaluating, library_of
 from headinit.heads.modules import POOLINGS, TOKEN_KINDS
 
 
@@ -18,7 +18,8 @@ class HeadedBackbone(nn.Module):
 
     Attributes:
         backbone: gives tokens `(B, T, d)` or a map `(B, d, h, w)`.
-        pooling: ``"cls"``, ``"pooler"``, ``"mean"``, ``"max"``, ``"last"``, or ``"none"`` for a head that looks at all tokens.
+        pooling: ``"cls"``, ``"pooler"``, ``"mean"``, ``"max"``, ``"last"``, or ``"none"`` for a head that looks at all
+            tokens.
         head: gives logits `(B, K)`.
     """
 
@@ -37,7 +38,7 @@ class HeadedBackbone(nn.Module):
         return int(self.head.out_features)  # type: ignore[arg-type]
 
     def forward(self, *args: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
-        """Logits `(B, K)`; for a transformers backbone a `SequenceClassifierOutput`, with `loss` if `labels` are given."""
+        """Logits `(B, K)`; of a transformers backbone a `SequenceClassifierOutput`, with `loss` if given `labels`."""
         if self.library != "transformers":
             features = body_features(self.backbone, *args, **inputs)
             return self.head(pool_tokens(features, self.pooling)) if self.pooling != "none" else self.head(features)
@@ -101,13 +102,42 @@ def pool_tokens(features: Tensor, pooling: str, mask: Tensor | None = None) -> T
 
 
 def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:
-    """Tokens `(B, T, d)` or a map `(B, d, h, w)` of a timm model, or of any module that gives them."""
-    features = backbone.forward_features(*args, **inputs) if hasattr(backbone, "forward_features") else backbone(*args, **inputs)
+    """Tokens `(B, T, d)` or a map `(B, d, h, w)`, before any pooling, of a timm or torchvision model."""
+    if hasattr(backbone, "forward_features"):
+        features = backbone.forward_features(*args, **inputs)
+    elif hasattr(backbone, "_process_input"):  # torchvision's VisionTransformer has no method for its tokens alone
+        patches = backbone._process_input(*args)
+        features = backbone.encoder(torch.cat([backbone.class_token.expand(len(patches), -1, -1), patches], dim=1))
+    else:
+        features = _before_pooling(backbone, *args)
     if isinstance(features, tuple):
         features = features[0]
     if features.ndim == 4 and str(getattr(backbone, "output_fmt", "NCHW")).endswith("NHWC"):
         features = features.permute(0, 3, 1, 2)
     return features
+
+
+def _pooling_layer(backbone: nn.Module) -> nn.Module | None:
+    """The last adaptive pooling layer outside the blocks (those of squeeze-and-excitation are inside): the global one."""
+    layers = [
+        module
+        for path, module in backbone.named_modules()
+        if isinstance(module, nn.AdaptiveAvgPool2d) and path.split(".")[0] in ("avgpool", "classifier")
+    ]
+    return layers[-1] if layers else None
+
+
+def _before_pooling(backbone: nn.Module, *args: Tensor) -> Tensor:
+    """What the global pooling layer of a torchvision model receives."""
+    received: list[Tensor] = []
+    layer = _pooling_layer(backbone)
+    assert layer is not None, "split_body lets no other model through"
+    handle = layer.register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    try:
+        backbone(*args)
+    finally:
+        handle.remove()
+    return received[-1]
 
 
 def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, int, str]:
@@ -131,9 +161,17 @@ def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, in
         if chosen == "pooler":
             raise HeadError(f"{type(model).__name__} has no pooler. Use pooling=mean, cls, max or last.")
         return model, int(model.num_features), chosen  # type: ignore[arg-type]
+    if library == "torchvision" and chosen != "pooler":
+        if hasattr(model, "_process_input"):
+            return model, int(model.hidden_dim), chosen  # type: ignore[arg-type]
+        if _pooling_layer(model) is not None:
+            with evaluating(model):
+                probe = body_features(model, next(model.parameters()).new_zeros(1, 3, 96, 96))
+            return model, probe.shape[1], chosen
     raise HeadError(
-        f"Cannot take tokens out of {type(model).__name__} ({library}): only transformers and timm models give them. "
-        "Use head=linear, mlp or cosine with pooling=native."
+        f"Cannot take {"a pooler" if chosen == "pooler" else "tokens"} out of {type(model).__name__} ({library}): "
+        "models of transformers and timm give tokens, and those of torchvision that end in a pooling layer. Use "
+        "head=linear, mlp or cosine with pooling=native."
     )
 
 
@@ -151,7 +189,9 @@ def _transformers_body(model: Any) -> nn.Module:
 
 
 def _has_pooler(body: nn.Module) -> bool:
-    return any(name.split(".")[-1] == "pooler" and any(True for _ in m.parameters()) for name, m in body.named_modules())
+    return any(
+        name.split(".")[-1] == "pooler" and any(True for _ in m.parameters()) for name, m in body.named_modules()
+    )
 
 
 def _transformers_width(body: Any) -> int:
@@ -161,7 +201,9 @@ def _transformers_width(body: Any) -> int:
         width = getattr(config, name, None)
         if isinstance(width, int):
             return width
-    sizes = getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None) or getattr(config, "depths", None)
+    sizes = (
+        getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None) or getattr(config, "depths", None)
+    )
     if isinstance(sizes, list | tuple) and sizes:
         return int(sizes[-1])
     raise HeadError(f"{type(body).__name__} does not say how wide its hidden states are (no config.hidden_size).")

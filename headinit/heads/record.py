@@ -104,7 +104,8 @@ def record_of(model: nn.Module) -> HeadRecord:
     if record is None:
         raise HeadError(
             f"{type(unwrap(model)).__name__} has no head attached by headinit, so its new parameters are unknown. "
-            "Call headinit.attach_head(model, num_classes) first, or headinit.init_head(model, init) on the head it has."
+            "Call headinit.attach_head(model, num_classes) first, or headinit.init_head(model, init) on the head it "
+            "has."
         )
     return record
 

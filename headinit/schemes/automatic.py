@@ -40,6 +40,9 @@ PROBE_LIMIT = 5e8
 # A mixture is taken if it lowers the held-out loss by this share at least: it has one number per family to fit.
 MIXTURE_GAIN = 0.01
 
+# A head must lower the held-out loss of the class shares by this share at least.
+CHANCE_GAIN = 0.02
+
 
 @dataclass(frozen=True)
 class Auto(Scheme):
@@ -76,7 +79,7 @@ class Auto(Scheme):
     needs_data: ClassVar[bool] = True
     fits_prior: ClassVar[bool] = True
     policy: str = "frozen"
-    folds: int = 3
+    folds: int = 5
     mix: bool = True
     missing: str = "mean"
 
@@ -108,7 +111,7 @@ class Auto(Scheme):
         contest = Contest.of(examples, present_moments(moments), shape.bias, self, generator)
         ranking = sorted(contest.entries(), key=lambda entry: entry.fit.loss)
         best, chance = ranking[0], share_loss(contest.moments.counts)
-        if best.fit.loss >= chance:
+        if best.fit.loss > (1 - CHANCE_GAIN) * chance:
             reason = f"no held-out loss beats the class shares: {best.fit.loss:.4f} ({best.name}) against {chance:.4f}"
             return fall_back(shape, generator, moments, reason, notes)
         mixture = contest.mixture(ranking) if self.mix else None
@@ -135,7 +138,7 @@ class Entry:
     """One family's own best head.
 
     Attributes:
-        name: of the family.
+        name: of the family; the probe on raw and on standardised features counts as two.
         features: ``"raw"`` or ``"standardised"``.
         strength: lambda (ridge), shrinkage (lda) or C (probe).
         scale: scale of its logits, by its own held-out scores.
@@ -188,7 +191,7 @@ class Contest:
         """The best head of each family."""
         found = [self.ridge(), self.lda()]
         if len(self.examples) * self.moments.width * self.moments.num_classes <= PROBE_LIMIT:
-            found.append(self.probe())
+            found += self.probes()
         return found
 
     def ridge(self) -> Entry:
@@ -232,28 +235,26 @@ class Contest:
             lambda: problems[best.features].solve(best.strength),
         )
 
-    def probe(self) -> Entry:
-        """The probe at the C that the folds prefer."""
+    def probes(self) -> list[Entry]:
+        """The probe on raw and on standardised features, each at the C that the folds prefer."""
         problem = ProbeProblem.of(self.examples, self.moments, self.intercept)
-        paths = [
-            choice
-            for kind in ("raw", "standardised")
-            for choice in problem.path(kind, self.scheme.folds, torch.Generator().manual_seed(self.seed))
-        ]
-        least = min(paths, key=lambda choice: choice.loss)
-        margin = self._margin(least.fit)
-        best = strongest_near_best([c for c in paths if c.features == least.features], margin)
+        return [self._probe(problem, features) for features in ("raw", "standardised")]
+
+    def _probe(self, problem: ProbeProblem, features: str) -> Entry:
+        path = problem.path(features, self.scheme.folds, torch.Generator().manual_seed(self.seed))
+        least = min(path, key=lambda choice: choice.loss)
+        best = strongest_near_best(path, self._margin(least.fit))
         assert best.fit is not None
         assert best.scores is not None
         usable = torch.bincount(self.examples.labels, minlength=self.examples.num_classes) >= 2
         return Entry(
-            "probe",
-            best.features,
+            f"probe ({features})",
+            features,
             best.inverse_strength,
             best.fit.scale,
             best.fit,
             best.scores[:, usable],
-            lambda: problem.solve(best.features, best.inverse_strength, 1e-8, 1000)[1:],
+            lambda: problem.solve(features, best.inverse_strength, 1e-8, 1000)[1:],
         )
 
     def mixture(self, entries: list[Entry]) -> Mixture | None:
@@ -261,7 +262,8 @@ class Contest:
         scores = [entry.scores * entry.fit.scale for entry in entries]
         labels = torch.cat([held for _, held, _ in self._folds()])
         shares = mixing_weights(scores, labels)
-        fit = calibrate(sum((a * z for a, z in zip(shares, scores, strict=True)), torch.zeros(())), labels, scale=1.0)
+        total = torch.stack([a * z for a, z in zip(shares, scores, strict=True)]).sum(dim=0)
+        fit = calibrate(total, labels, scale=1.0)
         if fit.loss > (1 - MIXTURE_GAIN) * entries[0].fit.loss:
             return None
         return Mixture([(e, a) for e, a in zip(entries, shares, strict=True) if a > 1e-3], fit)
@@ -304,14 +306,15 @@ class Contest:
 
 
 def share_loss(counts: Tensor) -> float:
-    """Leave-one-out log loss of predicting the class shares, in nats: `counts` `(K,)`; classes of one example left out.
+    """Log loss of predicting the class shares, their entropy in nats: `counts` `(K,)`; classes of one example left out.
 
     Example:
-        >>> round(share_loss(torch.tensor([3.0, 3.0])), 4)  # -log(2 / 5)
-        0.9163
+        >>> round(share_loss(torch.tensor([3.0, 3.0, 1.0])), 4)  # ln 2
+        0.6931
     """
     held = counts[counts >= 2].double()
-    return float(-(held * torch.log((held - 1) / (counts.sum() - 1))).sum() / held.sum()) if len(held) else math.inf
+    share = held / held.sum()
+    return float(-torch.special.xlogy(share, share).sum()) if len(held) else math.inf
 
 
 def fall_back(

@@ -16,6 +16,9 @@ from headinit.schemes.scheme import HeadShape, HeadWeights
 
 MISSING = ("mean", "error")
 
+# Examples with a uniform label that are added where a scale is fitted.
+SMOOTH = 0.5
+
 # What comes in.
 
 
@@ -242,7 +245,7 @@ def fit_scale(scores: Tensor, labels: Tensor) -> float:
         return 1.0
     centred = centred / spread
     own = float(centred.gather(1, labels[:, None]).mean())
-    smooth = 0.5 / len(scores)
+    smooth = SMOOTH / len(scores)
     low, high, scale = 1e-3, 1e4, 1.0
     for _ in range(60):
         probability = torch.softmax(centred * scale, dim=1)
@@ -279,7 +282,7 @@ def mixing_weights(scores: list[Tensor], labels: Tensor) -> list[float]:
 
     stacked = torch.stack([z - z.mean(dim=1, keepdim=True) for z in scores])
     own = stacked.gather(2, labels.expand(len(stacked), -1)[:, :, None]).mean(dim=(1, 2))
-    smooth = 0.5 / len(labels)
+    smooth = SMOOTH / len(labels)
 
     def objective(weights: Any) -> tuple[float, Any]:
         a = torch.from_numpy(weights)
@@ -306,12 +309,12 @@ def scorable(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def held_out_rows(data: FeatureSet, generator: torch.Generator) -> Tensor:
-    """Up to 2 million scores' worth of examples that can be held out, drawn without order: `(n,)` indices.
+    """Up to a million scores' worth of examples that can be held out, drawn without order: `(n,)` indices.
 
-    Two thousand examples or more settle one number, the scale; a hundred thousand cost time only.
+    A thousand examples settle one number, the scale; a hundred thousand cost time only.
     """
     rows = torch.nonzero(scorable(data.labels, data.num_classes)).flatten()
-    limit = max(2000, 2_000_000 // data.num_classes)
+    limit = max(1000, 1_000_000 // data.num_classes)
     return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=generator)[:limit]]
 
 

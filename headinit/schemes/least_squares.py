@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,6 +53,24 @@ class Candidate:
     strength: float
     loss: float
     fit: Calibration | None = None
+
+
+def search(grid: Sequence[float], judge: Callable[[float], Candidate], stride: int = 3) -> list[Candidate]:
+    """Candidates on every `stride`-th point of a grid, then on the points around the best of them.
+
+    Held-out losses are smooth in the logarithm of the strength, so the points far from the best need not be tried.
+
+    Example:
+        >>> tried = search(range(100), lambda s: Candidate("raw", s, abs(s - 40)), stride=10)
+        >>> len(tried), min(tried, key=lambda c: c.loss).strength
+        (28, 40)
+    """
+    found = {k: judge(grid[k]) for k in range(0, len(grid), stride)}
+    best = min(found, key=lambda k: found[k].loss)
+    for k in range(max(best - stride + 1, 0), min(best + stride, len(grid))):
+        if k not in found:
+            found[k] = judge(grid[k])
+    return [found[k] for k in sorted(found)]
 
 
 # Ridge regression.
@@ -150,7 +168,7 @@ class RidgeProblem:
         elif task == "single_label":
             rows = held_out_rows(examples, generator)
         else:
-            limit = max(2000, 2_000_000 // examples.num_classes)
+            limit = max(1000, 1_000_000 // examples.num_classes)
             rows = torch.randperm(len(examples), generator=generator)[:limit]
         return cls(moments, examples, centre, rows, task, {})
 
@@ -196,15 +214,16 @@ class RidgeProblem:
         rotation, cross = self.rotation(features)
         assert self.examples is not None
         coordinates = rotation.apply(self.examples.features[self.rows])
-        found = []
-        for strength in grid:
+        labels = self.examples.labels[self.rows]
+
+        def judge(strength: float) -> Candidate:
             scores = self._scores(coordinates, rotation, cross, strength)
             if self.task == "single_label" and criterion == "log_loss":
-                fit = calibrate(scores, self.examples.labels[self.rows])
-                found.append(Candidate(features, strength, fit.loss, fit))
-            else:
-                found.append(Candidate(features, strength, self._squared_error(scores)))
-        return found
+                fit = calibrate(scores, labels)
+                return Candidate(features, strength, fit.loss, fit)
+            return Candidate(features, strength, self._squared_error(scores))
+
+        return search(grid, judge)
 
     def _targets(self) -> Tensor:
         assert self.examples is not None
@@ -440,8 +459,8 @@ class LDAProblem:
         smallest = 1e-12 * float(self.variances.max())
         if float(shrunk.min()) <= smallest:
             raise SchemeError(
-                f"init=lda: the pooled covariance of {len(self.moments)} examples in {self.moments.width} features cannot "
-                f"be inverted at shrinkage {shrinkage:g}. Set shrinkage above 0, or to 'loo', 'ledoit_wolf' or 'oas'."
+                f"init=lda: the pooled covariance of {len(self.moments)} examples in {self.moments.width} features "
+                f"cannot be inverted at shrinkage {shrinkage:g}. Set shrinkage above 0, or to 'loo', 'ledoit_wolf' or 'oas'."
             )
         return 1.0 / shrunk
 
@@ -464,11 +483,12 @@ class LDAProblem:
         assert self.examples is not None
         coordinates = self.outer.apply(self.examples.features[self.rows]) @ self.axes
         labels = self.examples.labels[self.rows]
-        found = []
-        for value in values:
+
+        def judge(value: float) -> Candidate:
             fit = calibrate(self._scores(coordinates, labels, value), labels)
-            found.append(Candidate(features, value, fit.loss, fit))
-        return found
+            return Candidate(features, value, fit.loss, fit)
+
+        return search(values, judge, stride=2)
 
     def _scores(self, x: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
         """Leave-one-out log posteriors `(n, K)`: class mean, prior and covariance without the example.

@@ -185,7 +185,7 @@ class EarlyProbe(Scheme):
 
 @dataclass(frozen=True)
 class ProbeChoice:
-    """A setting of the probe, its held-out scores and their fit (None if it was given, or nothing could be held out)."""
+    """A setting of the probe, its held-out scores and their fit (None if nothing was, or could be, held out)."""
 
     features: str
     inverse_strength: float
@@ -406,7 +406,7 @@ def solve_probe(
 
     size, rank = x.shape
     rows = torch.arange(size)
-    h = 1.0 / num_classes * (1.0 - 1.0 / num_classes)
+    h = max((1.0 - 1.0 / num_classes) / num_classes, 1e-6)
     if start is not None:
         p = torch.softmax(x @ start.weight.T.to(x.dtype) + start.bias.to(x.dtype), dim=1)
         h = max(float((p * (1 - p)).mean()), 1e-6)

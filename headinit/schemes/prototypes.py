@@ -343,7 +343,8 @@ class Source(Scheme):
         """
         raise SchemeError(
             "init=source mixes the rows of the classifier that the backbone was pretrained with, and there is none "
-            "here. Attach to a model that still has its pretrained head, or bind one with Source().with_source(weight, bias)."
+            "here. Attach to a model that still has its pretrained head, or bind one with "
+            "Source().with_source(weight, bias)."
         )
 
 

@@ -23,7 +23,7 @@ from headinit.schemes.calibration import (
     scorable,
     task_of,
 )
-from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme, check_positive
+from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme, check_positive, constant_bias
 
 TARGETS = ("logit_std", "initial_loss", "energy", "feature_gradient")
 PRIOR_KINDS = ("auto", "softmax", "sigmoid", "regression")
@@ -71,7 +71,7 @@ class LSUV(Scheme):
         if not found > 0:
             raise SchemeError("init=lsuv: all logits are equal on this data (features all zero?). Use init=orthogonal.")
         weight = weight * (self.std / found)
-        bias = torch.zeros(rows) if shape.bias else None
+        bias = constant_bias(shape, 0.0)
         std = float(weight.square().mean().sqrt())
         return HeadWeights(weight.float(), bias, std=std, notes={"scale": self.std / found, "logit_std": self.std})
 

@@ -23,6 +23,9 @@ _TOKEN = re.compile(
     r"|distillation_token|relative_position_bias_table|rel_pos\w*)$"
 )
 
+# What PEFT puts into the names of a model that it wraps; it trains its own copy of a module in `modules_to_save`.
+_PEFT = re.compile(r"^base_model\.model\.|(?<=\.)modules_to_save\.[^.]+\.")
+
 
 def param_groups(
     model: nn.Module,
@@ -105,7 +108,7 @@ def _new_names(model: nn.Module) -> set[str]:
     if not has_record(model):
         return {name for name, _ in model.named_parameters()}
     recorded = set(record_of(model).new_parameters)
-    new = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in recorded}
+    new = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if _PEFT.sub("", name) in recorded}
     return {name for name, parameter in model.named_parameters() if id(parameter) in new}
 
 

@@ -166,3 +166,16 @@ def test_the_copy_shares_what_it_can() -> None:
     assert set(own) - shared == {"stem.0.weight"}  # a depthwise weight has the same layout either way
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(model.buffers(), copied.buffers(), strict=True))
     assert model.stem[0] is not copied.stem[0]
+
+
+def test_parametrised_convolutions_keep_their_originals() -> None:
+    model = Convolutions()
+    nn.utils.parametrizations.weight_norm(model.stem[0])
+    nn.utils.parametrizations.spectral_norm(model.depthwise[0])
+    model.eval()  # spectral norm turns its vectors in training mode alone
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    data = pictures()
+    plain = extract_features(model, data, speed="plain")
+    fast = extract_features(model, data)
+    torch.testing.assert_close(fast.features, plain.features, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -146,7 +146,7 @@ def test_a_masked_language_model_is_refused_because_its_last_layer_is_the_embedd
 def test_tied_weights_of_a_plain_module_are_refused() -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
     model[1].weight = model[0].weight
-    with pytest.raises(HeadError, match="'0.weight'.*tied"):
+    with pytest.raises(HeadError, match=r"'0\.weight'.*tied"):
         find_head(model)
 
 

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from headinit.errors import HeadError
-from headinit.heads.modules import AttentionPool, CosineHead, RecurrentPool, as_tokens, build_head, hidden_part, output_layer
+from headinit.heads.modules import (
+    AttentionPool,
+    CosineHead,
+    RecurrentPool,
+    as_tokens,
+    build_head,
+    hidden_part,
+    output_layer,
+)
 from headinit.heads.pooled import pool_tokens
 
 

@@ -32,6 +32,14 @@ def clusters(size: int = 300, width: int = 10, num_classes: int = 4, spread: flo
     return FeatureSet(centres[labels] + torch.randn(size, width, generator=g) @ mix + 2.0, labels, num_classes)
 
 
+def weak(size: int, width: int, seed: int = 0) -> FeatureSet:
+    """Classes that overlap: few examples in many features separate, fresh ones do not."""
+    g = generator(9)
+    centres = torch.randn(4, width, generator=g) * 1.5 / width**0.5
+    labels = torch.arange(size) % 4
+    return FeatureSet(centres[labels] + torch.randn(size, width, generator=generator(seed)), labels, 4)
+
+
 def shape_of(data: FeatureSet, bias: bool = True) -> HeadShape:
     return HeadShape(data.features.shape[1], data.num_classes, bias)
 
@@ -114,8 +122,8 @@ def test_generalised_cross_validation_from_moments_alone() -> None:
 
 
 def test_the_scale_comes_from_held_out_scores_not_from_those_of_training() -> None:
-    """Thirty examples in 200 features: training scores separate, held-out ones do not."""
-    data = clusters(32, 200, spread=2.0)
+    """Eighty examples in 200 features: training scores separate, held-out ones do not."""
+    data = weak(80, 200)
     head = Ridge(strength=1e-3, features="raw")(shape_of(data), generator(), data)
     plain = Ridge(strength=1e-3, features="raw", calibrate=False)(shape_of(data), generator(), data)
     on_training = fit_scale(logits(plain, data.features), data.labels)
@@ -169,8 +177,8 @@ def test_fit_sigmoid_against_logistic_regression() -> None:
     y = (torch.rand(5000, 1, generator=generator(1)) < torch.sigmoid(3 * z - 1)).double()
     a, c = fit_sigmoid(z, y)
     oracle = LogisticRegression(C=1e8, tol=1e-8).fit(z.numpy(), y[:, 0].numpy())
-    assert a == pytest.approx(oracle.coef_[0, 0], rel=2e-3)
-    assert a * c == pytest.approx(oracle.intercept_[0], rel=5e-3)
+    assert a == pytest.approx(oracle.coef_[0, 0], rel=6e-3)
+    assert a * c == pytest.approx(oracle.intercept_[0], rel=8e-3)
 
 
 # LDA.
@@ -234,13 +242,12 @@ def test_lda_leave_one_out_equals_explicit_refits(size: int, width: int, shrinka
 
 def test_lda_is_calibrated_on_held_out_scores() -> None:
     """Raw LDA of few examples in many features is far too sure of itself."""
-    data, fresh = clusters(80, 60, spread=2.0), clusters(4000, 60, spread=2.0)
+    data, test = weak(80, 60), weak(4000, 60, seed=1)
     raw = LDA(calibrate=False, shrinkage=0.05, features="raw")(shape_of(data), generator(), data)
     calibrated = LDA(shrinkage=0.05, features="raw")(shape_of(data), generator(), data)
-    test = FeatureSet(fresh.features, fresh.labels, 4)
     before = log_losses(logits(raw, test.features), test.labels).mean()
     after = log_losses(logits(calibrated, test.features), test.labels).mean()
-    assert after < before
+    assert after < 1.39 < before
 
 
 def test_lda_without_shrinkage_of_too_few_examples_is_a_clear_error() -> None:
@@ -254,7 +261,8 @@ def test_lda_without_shrinkage_of_too_few_examples_is_a_clear_error() -> None:
 
 @pytest.mark.parametrize("scheme", [Ridge(), Ridge(criterion="squared_error"), LDA(), LDA(shrinkage="oas")])
 @pytest.mark.parametrize(
-    "case", ["constant", "all_constant", "duplicated", "float16", "one_each", "imbalanced", "absent", "one_class", "large"]
+    "case",
+    ["constant", "all_constant", "duplicated", "float16", "one_each", "imbalanced", "absent", "one_class", "large"],
 )
 @pytest.mark.parametrize("bias", [True, False])
 def test_hostile_data_gives_a_finite_head(scheme: Ridge | LDA, case: str, bias: bool) -> None:
@@ -316,7 +324,7 @@ def test_more_classes_than_examples_allow_to_hold_out() -> None:
 
 
 def test_a_thousand_classes() -> None:
-    data = clusters(3000, 32, 1000, spread=0.3)
+    data = clusters(2000, 24, 1000, spread=0.3)
     for scheme in (Ridge(), LDA()):
         head = scheme(shape_of(data), generator(), data)
         assert (logits(head, data.features).argmax(1) == data.labels).double().mean() > 0.6
@@ -341,7 +349,8 @@ def test_targets_are_refused_by_lda() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Ridge(strength=0.0), lambda: Ridge(features="scaled"), lambda: LDA(shrinkage=1.5), lambda: LDA("lw")]
+    "make",
+    [lambda: Ridge(strength=0.0), lambda: Ridge(features="scaled"), lambda: LDA(shrinkage=1.5), lambda: LDA("lw")],
 )
 def test_bad_options(make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SchemeError):

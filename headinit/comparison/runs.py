@@ -1,0 +1,77 @@
+"""Cells that train more than a head on features: each is an ordinary run in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from headinit.analysis.results import RunRow
+from headinit.comparison.bench import Bench
+from headinit.comparison.frozen import cell_key, has_diverged
+from headinit.comparison.grid import Cell, cell_settings, freeze_text
+from headinit.comparison.store import CellStore
+from headinit.config import Settings, as_mapping, run_id, settings_from
+from headinit.errors import ConfigError, TrainingError
+from headinit.experiment import run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def check_ordinary_cells(bench: Bench, cells: Sequence[Cell], folder: Path | None) -> None:
+    """Whether these cells can be run.
+
+    Raises:
+        ConfigError: model or data have no names to run them by, there is no folder, or the settings are wrong.
+    """
+    if bench.settings is None or folder is None:
+        what = "a model and data by their names" if bench.settings is None else "a folder for the runs"
+        raise ConfigError(
+            f"{len(cells)} cells train more than a head on features (freeze={cells[0].freeze['policy']}), so each is a "
+            f"run of its own, and that needs {what}: compare('resnet50', 'digits', ..., folder='runs')."
+        )
+    for cell in {freeze_text(cell.freeze): cell for cell in cells}.values():
+        settings_from(as_mapping(cell_settings(bench.settings, cell)))
+
+
+def run_ordinary_cells(
+    bench: Bench, cells: Sequence[Cell], store: CellStore, folder: Path, console: Console | None
+) -> list[RunRow]:
+    """Fine-tuning runs, each in its own folder, where it is resumed, or skipped when it is done."""
+    rows = []
+    for cell in cells:
+        assert bench.settings is not None
+        settings = cell_settings(bench.settings, cell)
+        key = hashlib.sha256(f"{cell_key(bench, cell)}|{run_id(as_mapping(settings))}".encode()).hexdigest()
+        if key not in store.rows:
+            store.add({key: _ordinary_row(settings, cell, folder, bench, console)})
+        rows.append(store.rows[key])
+    return rows
+
+
+def _ordinary_row(settings: Settings, cell: Cell, folder: Path, bench: Bench, console: Console | None) -> RunRow:
+    data = bench.data_of(cell.split_seed, cell.per_class)
+    validation = data.validation.labels
+    majority = torch.bincount(validation).max().item() / len(validation) if data.task == "single_label" else None
+    try:
+        record = run(settings, folder / "runs" / run_id(as_mapping(settings)), console)
+    except TrainingError as error:
+        if not has_diverged(error):
+            raise
+        row = RunRow(init=cell.label, lr=cell.lr, seed=cell.seed, val={}, data=data.name, status="diverged")
+    else:
+        row = RunRow.from_record(record)
+    return dataclasses.replace(
+        row,
+        init=cell.label,
+        weight_decay=cell.weight_decay,
+        split_seed=cell.split_seed,
+        per_class=cell.per_class,
+        freeze=freeze_text(cell.freeze),
+        majority=majority,
+    )
