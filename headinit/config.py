@@ -80,6 +80,7 @@ class TrainerSettings:
     workers: int = 2
     save_every_steps: int | None = None
     progress: bool = True
+    cache: str | None = None
 
 
 @dataclass

@@ -35,6 +35,7 @@ from headinit.data.catalog import load_data
 from headinit.data.loading import Batches, TensorBatches
 from headinit.data.splits import DataSplits, Split
 from headinit.errors import ConfigError
+from headinit.features.cache import FeatureCache
 from headinit.features.extract import FeatureSet, extract_features
 from headinit.heads.locate import evaluating
 from headinit.heads.modules import TOKEN_KINDS
@@ -268,7 +269,7 @@ def _run_on_features(
     """The backbone runs once over every split; the head trains on what it saw."""
     with clock("features"):
         features = {
-            name: extract_features(model, batches, progress=settings.trainer.progress)
+            name: extract_features(model, batches, cache=feature_cache(settings), progress=settings.trainer.progress)
             for name, batches in (
                 ("train", loaders.train_in_order),
                 ("val", loaders.validation),
@@ -299,7 +300,9 @@ def _run_on_examples(
     name, options = init_of(settings)
     if schemes.needs_data(name, **options):
         with clock("features"):
-            features = extract_features(model, loaders.train_in_order, progress=settings.trainer.progress)
+            features = extract_features(
+                model, loaders.train_in_order, cache=feature_cache(settings), progress=settings.trainer.progress
+            )
         with clock("head"):
             _start_from_data(model, settings, features)
     with clock("start"):
@@ -311,6 +314,11 @@ def _run_on_examples(
         if loaders.test is not None:
             evaluations["test"] = _metrics(model, loaders.test, model)
     return start, outcome, evaluations
+
+
+def feature_cache(settings: Settings) -> FeatureCache | None:
+    """Where features are kept between runs, if anywhere."""
+    return None if settings.trainer.cache is None else FeatureCache(settings.trainer.cache)
 
 
 def _start_from_data(model: nn.Module, settings: Settings, features: FeatureSet) -> None:

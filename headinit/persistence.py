@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -169,7 +171,7 @@ def _architecture(root: nn.Module, record: HeadRecord, library: str) -> dict[str
     if library == "transformers":
         inner: Any = root.backbone if isinstance(root, HeadedBackbone) else root
         config = json.loads(inner.config.to_json_string(use_diff=False))
-        return {"library": library, "class": type(inner).__name__, "config": config}
+        return {"library": library, "class": type(inner).__name__, "module": type(inner).__module__, "config": config}
     if record.source is not None:
         return _plain(dict(record.source))
     inner = root.backbone if isinstance(root, HeadedBackbone) else root
@@ -373,15 +375,23 @@ def _fresh(manifest: Mapping[str, Any], record: HeadRecord, place: Path) -> nn.M
         return build_library_model(architecture, record.num_classes)
 
 
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _transformers_class(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
     """A class of the installed transformers, by name, and its configuration without anything that is fetched or run."""
     import transformers
 
     from headinit.backbones.load import _config_of
 
-    name = str(architecture.get("class"))
-    cls = getattr(transformers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+    name, module = str(architecture.get("class")), str(architecture.get("module"))
+    known = bool(re.fullmatch(r"transformers\.models(\.\w+)+", module)) and _is_installed(module)
+    cls = getattr(importlib.import_module(module), name, None) if known else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) and cls.__module__ == module):
         raise CheckpointError(
             f"The saved model is of class {name!r}, which transformers {transformers.__version__} does not have. No "
             "code from the folder is run; install the version of transformers that it was made with."

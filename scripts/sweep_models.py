@@ -203,7 +203,7 @@ def _check_features(model: nn.Module, record: HeadRecord, inputs: Any, logits: T
     if any(site.role == "distilled" for site in record.sites):
         outcome.remarks.append("several heads make the logits together")
         return
-    labels = torch.zeros(len(logits), dtype=torch.long)
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.long)
     try:
         with global_generators_kept(0):
             features = extract_features(model, (inputs, labels), speed="plain").features
@@ -212,7 +212,7 @@ def _check_features(model: nn.Module, record: HeadRecord, inputs: Any, logits: T
         return
     head = model.get_submodule(record.sites[0].path)
     with torch.no_grad():
-        shaped = features if isinstance(head, nn.Linear) else features[:, :, None, None]
+        shaped = features[:, :, None, None] if isinstance(head, nn.Conv2d) else features
         again = head(shaped.to(next(head.parameters()).dtype)).view(logits.shape)
     error = (again - logits).abs().max().item() / max(1e-6, logits.abs().max().item())
     assert error < 1e-3, f"features times head differ from the logits by {error:.2g}"

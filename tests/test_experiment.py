@@ -26,6 +26,7 @@ SMALL = (
     "trainer.epochs=2",
     "trainer.progress=false",
     "trainer.workers=0",
+    "trainer.cache=null",
 )
 
 

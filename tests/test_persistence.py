@@ -272,6 +272,15 @@ def test_foreign_classes_and_remote_code_are_not_run(tmp_path: Path) -> None:
         edit(folder, architecture={**architecture, "class": foreign})
         with pytest.raises(CheckpointError, match=f"class '{foreign}'"):
             load(folder)
+    for module in (
+        "os",
+        "transformers.models.bert",
+        "transformers.models.nothing.here",
+        "transformers.models.bert..os",
+    ):
+        edit(folder, architecture={**architecture, "module": module})
+        with pytest.raises(CheckpointError, match="No code from the folder"):
+            load(folder)
     edit(folder, architecture={**architecture, "config": {**architecture["config"], "model_type": "strange"}})
     with pytest.raises(CheckpointError, match="strange"):
         load(folder)

@@ -50,11 +50,12 @@ def pays(model: nn.Module, inputs: object, batches: int | None) -> bool:
         return False
     if len(inputs) * inputs.shape[2] * inputs.shape[3] * batches < PIXELS_THAT_PAY:
         return False
-    # A hook may look at or change what passes through; in a traced copy it would never run.
+    # A hook may look at or change what passes through; in a traced copy it would never run. Those of `freeze` say that
+    # they do nothing in evaluation mode, in which features are extracted.
     modules = list(model.modules())
-    return any(isinstance(m, nn.Conv2d) for m in modules) and not any(
-        m._forward_hooks or m._forward_pre_hooks for m in modules
-    )
+    hooks = (hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    unknown = any(not getattr(hook, "idle_in_evaluation", False) for hook in hooks)
+    return any(isinstance(m, nn.Conv2d) for m in modules) and not unknown
 
 
 def accelerate(

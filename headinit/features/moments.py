@@ -308,12 +308,12 @@ class Moments:
 
         A spread of 1e-6 times the size of the values or less is the rounding of a constant, one of 1e-7 times the
         largest spread that of a dead feature (1e-40, say). Features that hardly ever fire are not blown up either: a
-        spread counts as a thousandth of the largest at least.
+        spread counts as a hundredth of the largest at least.
         """
         spread, largest = self.std, self.std.amax()
         size = torch.sqrt(self.variance + self.mean.square())
         constant = spread <= torch.maximum(1e-6 * size, 1e-7 * largest)
-        return torch.where(constant, 0.0, 1.0 / torch.where(constant, 1.0, spread).clamp(min=1e-3 * largest))
+        return torch.where(constant, 0.0, 1.0 / torch.where(constant, 1.0, spread).clamp(min=1e-2 * largest))
 
 
 def kind_of(labels: Tensor) -> str:

@@ -57,7 +57,8 @@ class HeadedBackbone(nn.Module):
         )
 
     def _logits(self, output: Any, mask: Tensor | None) -> Tensor:
-        tokens = output.last_hidden_state
+        tokens = getattr(output, "last_hidden_state", None)
+        tokens = output.feature_maps[-1] if tokens is None else tokens  # base models that are named backbones
         if mask is not None and (mask.ndim != 2 or tokens.ndim != 3 or mask.shape[1] != tokens.shape[1]):
             mask = None  # a mask over something else, such as pixels or a longer input that the backbone shortened
         if self.pooling == "none":
@@ -118,7 +119,7 @@ def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:
 
 
 def _pooling_layer(backbone: nn.Module) -> nn.Module | None:
-    """The last adaptive pooling layer outside the blocks (those of squeeze-and-excitation are inside): the global one."""
+    """The global pooling layer; those of squeeze-and-excitation lie inside the blocks."""
     layers = [
         module
         for path, module in backbone.named_modules()
@@ -168,10 +169,10 @@ def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, in
             with evaluating(model):
                 probe = body_features(model, next(model.parameters()).new_zeros(1, 3, 96, 96))
             return model, probe.shape[1], chosen
+    wanted = "a pooler" if chosen == "pooler" else "tokens"
     raise HeadError(
-        f"Cannot take {"a pooler" if chosen == "pooler" else "tokens"} out of {type(model).__name__} ({library}): "
-        "models of transformers and timm give tokens, and those of torchvision that end in a pooling layer. Use "
-        "head=linear, mlp or cosine with pooling=native."
+        f"Cannot take {wanted} out of {type(model).__name__} ({library}): models of transformers and timm give tokens, "
+        "and those of torchvision that end in a pooling layer. Use head=linear, mlp or cosine with pooling=native."
     )
 
 
@@ -183,6 +184,11 @@ def _transformers_body(model: Any) -> nn.Module:
         if not children:
             raise HeadError(f"{type(model).__name__} does not say which part of it is the backbone.")
         body = max(children, key=lambda child: sum(p.numel() for p in child.parameters()))
+    if hasattr(body, "vision_model") and hasattr(body, "text_model"):
+        raise HeadError(
+            f"{type(body).__name__} has two towers, one for pictures and one for text. Give the one that you want: "
+            "model.vision_model or model.text_model."
+        )
     if getattr(body.config, "is_encoder_decoder", False) and hasattr(body, "get_encoder"):
         body = body.get_encoder()
     return body
@@ -195,15 +201,13 @@ def _has_pooler(body: nn.Module) -> bool:
 
 
 def _transformers_width(body: Any) -> int:
-    config = body.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("hidden_size", "d_model", "dim", "n_embd", "embed_dim"):
-        width = getattr(config, name, None)
+    """Width of the last hidden states, as the architecture declares it."""
+    if isinstance(getattr(body, "num_features", None), int):  # swin and its relatives: the width after the last stage
+        return body.num_features
+    config = body.config.get_text_config() if hasattr(body.config, "get_text_config") else body.config
+    names = ("hidden_size", "d_model", "dim", "n_embd", "hidden_sizes", "embed_dim", "embed_dims", "hidden_dim")
+    for width in (getattr(config, name, None) for name in names):
+        width = width[-1] if isinstance(width, list | tuple) and width else width  # one width per stage: the last
         if isinstance(width, int):
             return width
-    sizes = (
-        getattr(config, "hidden_sizes", None) or getattr(config, "embed_dims", None) or getattr(config, "depths", None)
-    )
-    if isinstance(sizes, list | tuple) and sizes:
-        return int(sizes[-1])
     raise HeadError(f"{type(body).__name__} does not say how wide its hidden states are (no config.hidden_size).")

@@ -460,7 +460,8 @@ class LDAProblem:
         if float(shrunk.min()) <= smallest:
             raise SchemeError(
                 f"init=lda: the pooled covariance of {len(self.moments)} examples in {self.moments.width} features "
-                f"cannot be inverted at shrinkage {shrinkage:g}. Set shrinkage above 0, or to 'loo', 'ledoit_wolf' or 'oas'."
+                f"cannot be inverted at shrinkage {shrinkage:g}. Set shrinkage above 0, or to 'loo', 'ledoit_wolf' or "
+                "'oas'."
             )
         return 1.0 / shrunk
 

@@ -350,7 +350,7 @@ class FoldPath:
         self.labels = examples.labels[kept]
         self.held = rotation.apply(examples.features[held], torch.float32)
         self.held_labels = examples.labels[held]
-        self.num_classes = examples.num_classes
+        self.num_classes, self.size = examples.num_classes, len(examples)
         self.intercept = problem.intercept
         self.curvature = rotation.eigenvalues / rotation.size
         self.state: ProbeFit | None = None
@@ -361,7 +361,9 @@ class FoldPath:
             self.x,
             self.labels,
             self.num_classes,
-            penalty=1.0 / (inverse_strength * len(self.x)),
+            # The penalty per example of the fit on all examples: at the same C, fewer examples would be shrunk more,
+            # and the scale fitted to their scores would be too large for that fit.
+            penalty=1.0 / (inverse_strength * self.size),
             curvature=self.curvature,
             intercept=self.intercept,
             tolerance=1e-5,

@@ -365,7 +365,7 @@ class Standardise(Wrapper):
 
     W = W' / std, b = b' - W mean: the head then acts on raw features as W' does on standardised ones, as the
     BatchNorm without affine before MAE's linear probe does. Constant features get weight 0. A head without bias is
-    only divided by the std. A std is worth a thousandth of the largest at least (see `Moments.inverse_std`).
+    only divided by the std. A std counts as a hundredth of the largest at least (see `Moments.inverse_std`).
 
     Attributes:
         scheme: what gives the weights.

@@ -127,6 +127,8 @@ def test_constant_and_dead_features_are_not_blown_up() -> None:
     x[::2, 3] = 1e-40
     inverse = Moments.zeros(4, 1).update(x, torch.zeros(300, dtype=torch.int64)).inverse_std
     assert inverse[1:].tolist() == [0.0, 0.0, 0.0]
+    rare = Moments.zeros(2, 1).update(x[:, :1] * torch.tensor([1.0, 1e-4]), torch.zeros(300, dtype=torch.int64))
+    assert (rare.inverse_std[1] / rare.inverse_std[0]).item() == pytest.approx(100.0)
     assert inverse[0].item() == pytest.approx(1 / x[:, 0].double().std(correction=0).item())
 
 

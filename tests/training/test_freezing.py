@@ -441,3 +441,19 @@ def test_a_tied_new_parameter_stays_trainable() -> None:
     freeze(model, "all")
     assert model[0].weight.requires_grad
     assert not model[0].bias.requires_grad
+
+
+def test_a_frozen_network_still_takes_the_fast_path_of_extraction() -> None:
+    import torchvision
+
+    from headinit.features.acceleration import pays
+
+    model = torchvision.models.resnet18(num_classes=3)
+    set_record(
+        model,
+        HeadRecord((HeadSite("fc", "linear", 512, 3),), "linear", 3, ("fc.weight", "fc.bias"), ("fc",)),
+    )
+    freeze(model, "all")
+    assert pays(model, torch.zeros(8, 3, 224, 224), 16)
+    model.layer1.register_forward_hook(lambda *_: None)
+    assert not pays(model, torch.zeros(8, 3, 224, 224), 16)
