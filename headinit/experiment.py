@@ -48,6 +48,9 @@ from headinit.training.recipe import Recipe
 START_EXAMPLES = 512
 """How many training examples the start is judged on where the backbone has to run for it."""
 
+SMALL_STEP = 50_000_000
+"""Multiplications in a step of the head below which it runs on one thread."""
+
 _SPLIT_OPTIONS = ("validation", "per_class", "train_size")
 _READING_OPTIONS = ("name", "modality", "augmentation", "split_seed", *_SPLIT_OPTIONS)
 
@@ -286,7 +289,7 @@ def _run_on_features(
         chosen = features[name]
         return TensorBatches(chosen.features, chosen.labels, settings.trainer.batch_size, shuffle_seed=seed)
 
-    with clock("training"):
+    with clock("training"), one_thread_if_small(head, settings.trainer.batch_size):
         outcome = _train(head, batches("train", settings.order_seed), batches("val"), model, settings, folder)
     with clock("evaluation"):
         evaluations = {name: _metrics(head, batches(name), model) for name in features if name != "train"}
@@ -319,6 +322,18 @@ def _run_on_examples(
 def feature_cache(settings: Settings) -> FeatureCache | None:
     """Where features are kept between runs, if anywhere."""
     return None if settings.trainer.cache is None else FeatureCache(settings.trainer.cache)
+
+
+@contextmanager
+def one_thread_if_small(head: nn.Module, batch_size: int) -> Iterator[None]:
+    """A step of a small head takes less time than threads take to wait for each other."""
+    threads = torch.get_num_threads()
+    if batch_size * sum(parameter.numel() for parameter in head.parameters()) < SMALL_STEP:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _start_from_data(model: nn.Module, settings: Settings, features: FeatureSet) -> None:

@@ -55,7 +55,7 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any =
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +SKIP
+        >>> with tempfile.TemporaryDirectory() as folder:
         ...     export_onnx(model, f"{folder}/model.onnx", torch.randn(2, 8)).name
         'model.onnx'
     """
@@ -111,7 +111,7 @@ def _as_mapping(inputs: Any) -> dict[str, Tensor]:
 
 def _examples_for(model: Any) -> Any:
     """Two random pictures or sentences of the kind that the model reads."""
-    preprocessing = getattr(model, "headinit_preprocessing", None)
+    preprocessing: Any = getattr(model, "headinit_preprocessing", None)
     inner = getattr(model, "backbone", model)
     library = library_of(inner)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -267,29 +267,44 @@ def label_inputs(
 
     Raises:
         ConfigError: a setting is out of range.
+
+    Example:
+        >>> from PIL import Image
+        >>> from headinit.attach import attach_head
+        >>> from headinit.data.images import ImagePreprocessing
+        >>> body = nn.Sequential(nn.Flatten(), nn.Linear(12, 9))
+        >>> model = attach_head(body, 2, init="zeros", class_names=["cat", "dog"])
+        >>> model.headinit_preprocessing = ImagePreprocessing(size=(2, 2))
+        >>> label_inputs(model, Inputs([Image.new("RGB", (8, 8)), "absent.png"], ["black", "absent.png"])).rows
+        (Prediction(name='black', labels=('cat',), ranking=(('cat', 0.5), ('dog', 0.5))),)
     """
-    _check_settings(batch_size, top_k, threshold)
+    check_settings(batch_size, top_k, threshold)
     preprocessing, record = preprocessing_of(model), record_of(model)
     collected = _Collected(failures=list(inputs.failures))
-    prepared = _pictures(inputs, preprocessing, batch_size, collected.failures)
-    if preprocessing.modality == "text":
-        prepared = _texts(inputs, preprocessing, batch_size)
+    prepared: Iterator[tuple[list[int], Any]] = (
+        _texts(inputs, preprocessing, batch_size)
+        if preprocessing.modality == "text"
+        else _pictures(inputs, preprocessing, batch_size, collected.failures)
+    )
     names = record.class_names or tuple(str(k) for k in range(record.num_classes))
     with evaluating(model):
         for positions, batch in prepared:
             logits = call_model(model, to_model(batch, model)).double().cpu()
             for position, row in zip(positions, logits, strict=True):
                 if row.isfinite().all():
-                    collected.rows[position] = _judge(
-                        inputs.names[position], row, names, record.task, top_k, threshold
-                    )
+                    collected.rows[position] = _judge(inputs.names[position], row, names, record.task, top_k, threshold)
                 else:
                     collected.failures.append((inputs.names[position], "gives logits that are not finite"))
     return Predictions(tuple(collected.rows[i] for i in sorted(collected.rows)), tuple(collected.failures), record.task)
 
 
-def _check_settings(batch_size: int, top_k: int, threshold: float) -> None:
-    for name, value in (("batch_size", batch_size), ("top_k", top_k)):
+def check_settings(batch_size: int, top_k: int, threshold: float, show: int = 1) -> None:
+    """Refuse what is out of range.
+
+    Raises:
+        ConfigError: a count below 1, or a threshold that is no probability.
+    """
+    for name, value in (("batch_size", batch_size), ("top_k", top_k), ("show", show)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
@@ -346,6 +361,12 @@ def prediction_table(predictions: Predictions, limit: int | None = None) -> Rich
     Args:
         predictions: what to show.
         limit: the most rows to show.
+
+    Example:
+        >>> row = Prediction("a.png", ("[red]",), (("[red]", 0.75), ("dog", 0.25)))
+        >>> [str(cell) for column in prediction_table(Predictions((row,), (), "single_label")).columns
+        ...  for cell in column.cells]
+        ['a.png', '[red]', '75.0 %', 'dog 25.0 %']
     """
     from rich.table import Table as RichTable
 
@@ -402,6 +423,10 @@ def check_output(output: Any, source: Any) -> Path | None:
 
     Raises:
         ConfigError: of a kind that cannot be written, in no folder, or the input itself.
+
+    Example:
+        >>> check_output("labels.csv", "photos").name
+        'labels.csv'
     """
     if output is None:
         return None
@@ -429,6 +454,13 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
     Raises:
         DataError: the file cannot be written.
+
+    Example:
+        >>> row = Prediction("a.png", ("cat",), (("cat", 0.75), ("dog", 0.25)))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_predictions(Predictions((row,), (), "single_label"), Path(folder) / "labels.csv")
+        ...     (Path(folder) / "labels.csv").read_text().splitlines()
+        ['name,label,probability,label_2,probability_2', 'a.png,cat,0.75,dog,0.25']
     """
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)

@@ -244,8 +244,8 @@ def _measure_text(bench: Bench) -> None:
         expected = extract_features(model, batches_of(bench, "minilm", split), speed="plain")
     longest = seconds_padded_to_longest(bench, split)
     note = (
-        f"{len(split)} texts: sorted by length {bucketed[0]:.1f} s, batches padded to their longest {dynamic[0]:.1f} s, "
-        f"all padded to the longest of all, as run_glue does {longest:.1f} s"
+        f"{len(split)} texts: sorted by length {bucketed[0]:.1f} s, batches padded to their longest {dynamic[0]:.1f} "
+        f"s, all padded to the longest of all, as run_glue does {longest:.1f} s"
     )
     bench.add("extraction", "text: times faster than padding to a maximum", longest / bucketed[0], "x", note)
     bench.add(
@@ -393,8 +393,8 @@ def measure_peers(bench: Bench) -> None:
         seconds = loop(bench)
         epochs = size.runs * size.epochs
         note = (
-            f"measured: one run of {size.peer_epochs} epoch, {seconds:.1f} s; {epochs} such epochs are {seconds * epochs:.0f} s "
-            f"by multiplication (not run) against our {ours:.1f} s"
+            f"measured: one run of {size.peer_epochs} epoch, {seconds:.1f} s; {epochs} such epochs are "
+            f"{seconds * epochs:.0f} s by multiplication (not run) against our {ours:.1f} s"
         )
         bench.add("peers", f"{label}, frozen backbone: times slower", seconds * epochs / ours, "x", note)
     seconds, accuracy = logistic_regression(train, validation)

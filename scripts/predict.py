@@ -12,23 +12,40 @@ import hydra
 from omegaconf import DictConfig
 
 from headinit.command_line import run_script
+from headinit.errors import DataError, HeadInitError
 
 # What people write is no Hydra grammar: these values are taken as they are. `model` is also a group of conf/.
 _VERBATIM = {"model": "model.folder", "input": "input", "output": "output", "text": "text", "text_pair": "text_pair"}
 
 
+_mistakes: list[HeadInitError] = []
+
+
 def main() -> int:
     sys.argv[1:] = [_quoted(argument) for argument in sys.argv[1:]]
-    return run_script(_main)
+    return run_script(_run)
+
+
+def _run() -> None:
+    _task()
+    for mistake in _mistakes:
+        raise mistake
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
-def _main(config: DictConfig) -> None:
+def _task(config: DictConfig) -> None:
+    try:
+        _label(config)
+    except HeadInitError as error:  # raised again outside: Hydra would add lines of its own about a failed job
+        _mistakes.append(error)
+
+
+def _label(config: DictConfig) -> None:
     from rich.console import Console
 
     from headinit import prediction
-    from headinit.errors import DataError
 
+    prediction.check_settings(config.batch_size, config.top_k, config.threshold, config.show)
     output = prediction.check_output(config.output, config.input)
     model = prediction.load_for_prediction(config.model.folder)
     modality = prediction.preprocessing_of(model).modality
@@ -39,7 +56,7 @@ def _main(config: DictConfig) -> None:
     console = Console()
     if found.rows:
         console.print(prediction.prediction_table(found, config.show))
-    if config.show is not None and len(found.rows) > config.show:
+    if len(found.rows) > config.show:
         console.print(f"... and {len(found.rows) - config.show} more: output=FILE.csv writes them all.")
     if inputs.left_out:
         console.print(f"Left out {inputs.left_out} files that are not pictures by their suffix.")

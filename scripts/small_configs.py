@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headinit.heads.locate import is_made_for_a_task
+
 VOCABULARY = 120
 LENGTH = 8
 WIDTH = 64
@@ -160,6 +162,8 @@ def text_inputs(model: Any) -> dict[str, Tensor]:
     tokens[:, -1] = end if isinstance(end, int) and 0 <= end < VOCABULARY else 2
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     accepted = inspect.signature(model.forward).parameters
+    if "input_ids" not in accepted and "inputs" in accepted:  # perceiver takes embedded words
+        inputs["inputs"] = torch.rand(2, LENGTH, config.d_model, generator=generator)
     if "bbox" in accepted:
         inputs["bbox"] = torch.zeros(2, LENGTH, 4, dtype=torch.long)
     return {name: value for name, value in inputs.items() if name in accepted or "kwargs" in accepted}
@@ -205,12 +209,26 @@ def candidates() -> Iterator[Entry]:
     for kind, classes in auto.MODEL_MAPPING_NAMES.items():
         if kind in classified:
             name = classes[0] if isinstance(classes, tuple | list) else classes
-            inputs = image_inputs if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES else text_inputs
+            reads = kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+            inputs = text_inputs if reads else image_inputs
             yield "base model (AutoModel)", name, _builder(kind, name, inputs), inputs, "mean", "single_label"
 
 
 def _builder(kind: str, name: str, inputs: Callable[[Any], Any]) -> Callable[[], nn.Module]:
     return lambda: build(kind, name, inputs)
+
+
+def _try(model: Any, inputs: Callable[[Any], Any]) -> None:
+    """Run it once; of a base model only the part that a head can stand on."""
+    if hasattr(model, "text_model") and hasattr(model, "vision_model") and not is_made_for_a_task(model):
+        return  # two towers: attach_head says so
+    if type(model).__name__ == "ShieldGemma2ForImageClassification":
+        return  # a language model that answers in words: attach_head says so
+    runs = model
+    if getattr(model.config, "is_encoder_decoder", False) and not is_made_for_a_task(model):
+        runs = model.get_encoder()
+    with torch.no_grad():
+        runs(**inputs(runs))
 
 
 _CHOSEN: dict[str, int] = {}
@@ -235,8 +253,7 @@ def build(kind: str, name: str, inputs: Callable[[Any], Any]) -> nn.Module:
                 raise ValueError(f"its smallest configuration that might run has {size / 1e6:.0f} million parameters")
             model = cls(config).eval()
             if name not in _CHOSEN:
-                with torch.no_grad():
-                    model(**inputs(model))
+                _try(model, inputs)
                 _CHOSEN[name] = level
             return model
         except Exception as error:

@@ -35,7 +35,7 @@ from headinit.errors import HeadError, HeadInitError
 from headinit.features.extract import extract_features
 from headinit.heads.locate import check_head, find_head
 from headinit.heads.modules import output_layer
-from headinit.heads.record import HeadRecord, call_model, record_of
+from headinit.heads.record import HeadRecord, HeadSite, call_model, record_of
 from headinit.seeding import global_generators_kept
 
 CLASSES = 7
@@ -114,20 +114,19 @@ def _built(candidate: Candidate, limit: float) -> tuple[nn.Module, bool]:
 
 
 def _check_shape(candidate: Candidate, model: nn.Module, outcome: Outcome) -> None:
-    sites = () if candidate.pooling != "native" else find_head(model)
+    pooled = candidate.pooling != "native"
+    sites = (HeadSite("head", "linear", 0, CLASSES),) if pooled else find_head(model)
     outcome.heads = _heads(sites)
-    new = HeadRecord(sites, "linear", CLASSES, (), ())
-    if not sites:
-        raise HeadError(f"{candidate.name} has no classifier.")
+    new = HeadRecord(sites, "linear", CLASSES, (), (), pooling=candidate.pooling)
     rebuilt = rebuild_heads(model.eval(), new)
     logits = call_model(rebuilt, candidate.inputs(model).to("meta"))
     assert logits.shape[-1] == CLASSES, f"logits have shape {tuple(logits.shape)}"
 
 
 def _check_values(candidate: Candidate, model: nn.Module, outcome: Outcome) -> None:
-    inputs = candidate.inputs(model)
     if candidate.pooling == "native":
         try:
+            inputs = candidate.inputs(model)
             sites = find_head(model)
             if all(site.kind != "none" for site in sites):
                 assert check_head(model, sites, inputs), "the layer found is not what makes the logits"
@@ -138,6 +137,7 @@ def _check_values(candidate: Candidate, model: nn.Module, outcome: Outcome) -> N
     attached = attach_head(model, CLASSES, init="he", pooling=candidate.pooling, task=candidate.task).eval()
     assert torch.equal(random_state, torch.get_rng_state()), "the global generator was used"
     record = record_of(attached)
+    inputs = candidate.inputs(getattr(attached, "backbone", attached))
     outcome.heads = _heads(record.sites)
     _check_kept(attached, record, before)
     _check_std(attached, record)

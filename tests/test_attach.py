@@ -682,6 +682,18 @@ def test_copies_and_state_dicts_keep_logits_and_record(name: str, tmp_path: Path
     assert torch.equal(call_model(fresh, batch), logits)
 
 
+@pytest.mark.parametrize("name", ["perceptron", "bert_base"])
+def test_compiled_models_give_the_same_logits_and_their_record(name: str) -> None:
+    build, inputs = MODELS[name]
+    model = attach_head(build(), 7).eval()
+    compiled, batch = torch.compile(model, backend="eager"), inputs()
+    torch.testing.assert_close(call_model(compiled, batch), call_model(model, batch))
+    assert record_of(compiled) is record_of(model)
+    assert find_head(compiled) == find_head(model)
+    init_head(compiled, "zeros")
+    assert not call_model(compiled, batch).any()
+
+
 @pytest.mark.slow
 def test_attaching_is_cheap() -> None:
     """Under 50 ms beyond building the model, in a process of its own; the fastest of three."""

@@ -36,6 +36,8 @@ class Bench:
         settings: where the data and the model have names: what an ordinary run needs.
         on_features: whether a frozen cell needs no more than the features.
         subsets: splits by (split seed, examples per class), as far as they were asked for.
+        leader: the linear head with the best validation metric of those that were trained here.
+        latest: the setting that was asked for last.
     """
 
     model: nn.Module
@@ -47,6 +49,8 @@ class Bench:
     settings: Settings | None = None
     on_features: bool = True
     subsets: dict[tuple[int, int | None], DataSplits] = field(default_factory=dict)
+    leader: Leader | None = None
+    latest: Setting | None = None
 
     @property
     def head(self) -> nn.Module:
@@ -59,6 +63,22 @@ class Bench:
         if key not in self.subsets:
             self.subsets[key] = with_subset(self.splits_of(split_seed), seed=split_seed, per_class=per_class)
         return self.subsets[key]
+
+    def setting(self, split_seed: int, per_class: int | None) -> Setting:
+        """The features of a cell; those of one setting at a time are kept."""
+        if self.latest is None or (self.latest.split_seed, self.latest.per_class) != (split_seed, per_class):
+            self.latest = Setting.of(self, split_seed, per_class)
+        return self.latest
+
+
+@dataclass(frozen=True)
+class Leader:
+    """The best linear head so far: its cell's key, its score (higher is better) and its weights."""
+
+    key: str
+    score: float
+    weight: Tensor
+    bias: Tensor | None
 
 
 class _Memory:
@@ -128,6 +148,8 @@ class Setting:
     """The data of one split seed and sample size, and how heads start on them."""
 
     bench: Bench
+    split_seed: int
+    per_class: int | None
     train: FeatureSet
     validation: FeatureSet
     test: FeatureSet | None
@@ -139,7 +161,8 @@ class Setting:
         """The setting of a cell with these."""
         data, pool = bench.data_of(split_seed, per_class), bench.pool()
         test = None if data.test is None else pool.features_of(data.test)
-        return cls(bench, pool.features_of(data.train), pool.features_of(data.validation), test, data)
+        train, validation = pool.features_of(data.train), pool.features_of(data.validation)
+        return cls(bench, split_seed, per_class, train, validation, test, data)
 
     @property
     def majority(self) -> float | None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from headinit.analysis.diagnostics import head_spectrum, logit_histogram
 from headinit.analysis.metrics import HIGHER_IS_BETTER, confusion_matrix
 from headinit.analysis.report import ConfusedExample, Starts, Winner
 from headinit.analysis.results import RunRow
 from headinit.comparison.bench import Bench, Setting, logits_on
-from headinit.comparison.frozen import train_bank
+from headinit.comparison.frozen import cell_key, train_bank
 from headinit.comparison.grid import Cell
 from headinit.experiment import START_EXAMPLES
 from headinit.heads.record import record_of
@@ -25,8 +25,8 @@ CONFUSED_EXAMPLES = 12
 
 def report_details(bench: Bench, cells: Sequence[Cell], rows: Sequence[RunRow]) -> tuple[Starts, Winner | None]:
     """How the schemes start, and what the best head gets wrong: from the features, nothing is stored for it."""
-    first = cells[0]
-    setting = Setting.of(bench, first.split_seed, first.per_class)
+    last = cells[-1]  # its features are still at hand
+    setting = bench.setting(last.split_seed, last.per_class)
     return _starts(setting, cells), _winner(bench, cells, rows)
 
 
@@ -56,14 +56,8 @@ def _winner(bench: Bench, cells: Sequence[Cell], rows: Sequence[RunRow]) -> Winn
     if not judged:
         return None
     best, _ = max(judged, key=lambda pair: sign * float(pair[1].val[monitor] or 0.0))
-    setting = Setting.of(bench, best.split_seed, best.per_class)
-    together = [
-        cell
-        for cell in cells
-        if (cell.split_seed, cell.per_class, cell.seed, cell.order_seed)
-        == (best.split_seed, best.per_class, best.seed, best.order_seed)
-    ]
-    _, weight, bias = train_bank(setting, together)[id(best)]
+    setting = bench.setting(best.split_seed, best.per_class)
+    weight, bias = _weights_of(bench, best, cells)
     features, split = setting.validation, setting.data.validation
     if setting.test is not None and setting.data.test is not None:
         features, split = setting.test, setting.data.test
@@ -82,6 +76,16 @@ def _winner(bench: Bench, cells: Sequence[Cell], rows: Sequence[RunRow]) -> Winn
     ]
     counts = confusion_matrix(predicted, split.labels, len(names)).numpy()
     return Winner(f"{best.label} at lr {best.lr:g}, seed {best.seed}", counts, names, confused)
+
+
+def _weights_of(bench: Bench, best: Cell, cells: Sequence[Cell]) -> tuple[Tensor, Tensor | None]:
+    """The trained head of a cell; where it was trained by an earlier process, its bank is trained again."""
+    if bench.leader is not None and bench.leader.key == cell_key(bench, best):
+        return bench.leader.weight, bench.leader.bias
+    bank = (best.split_seed, best.per_class, best.seed, best.order_seed)
+    together = [c for c in cells if (c.split_seed, c.per_class, c.seed, c.order_seed) == bank]
+    _, weight, bias = train_bank(bench.setting(best.split_seed, best.per_class), together)[id(best)]
+    return weight, bias
 
 
 def _content(item: Any) -> bytes | Path | str | None:

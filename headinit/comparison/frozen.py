@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headinit.analysis.metrics import metrics_for
+from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
 from headinit.analysis.results import RunRow, plain
-from headinit.comparison.bench import Bench, Setting, logits_on
+from headinit.comparison.bench import Bench, Leader, Setting, logits_on
 from headinit.comparison.grid import Cell
 from headinit.comparison.store import CellStore
 from headinit.data.loading import TensorBatches
@@ -45,7 +45,7 @@ def train_frozen_cells(bench: Bench, cells: Sequence[Cell], store: CellStore, li
         own = list(group)
         if all(keys[id(cell)] in store.rows for cell in own):
             continue
-        setting = Setting.of(bench, split_seed, per_class)
+        setting = bench.setting(split_seed, per_class)
         # A bank is all cells of one order, finished or not: its sums then do not depend on where a run was stopped.
         for _, chunk in itertools.groupby(own, key=lambda cell: (cell.seed, cell.order_seed)):
             together = list(chunk)
@@ -55,6 +55,8 @@ def train_frozen_cells(bench: Bench, cells: Sequence[Cell], store: CellStore, li
             if banked:
                 trained = train_bank(setting, together)
                 rows = {keys[id(cell)]: trained[id(cell)][0] for cell in missing}
+                for cell in together:
+                    _lead(bench, keys[id(cell)], *trained[id(cell)])
                 store.add(rows)
                 listener(list(rows.values()))
             else:
@@ -62,6 +64,15 @@ def train_frozen_cells(bench: Bench, cells: Sequence[Cell], store: CellStore, li
                     row = _train_alone(setting, cell)
                     store.add({keys[id(cell)]: row})
                     listener([row])
+
+
+def _lead(bench: Bench, key: str, row: RunRow, weight: Tensor, bias: Tensor | None) -> None:
+    """Remember a head that is better than all before it."""
+    value = row.val.get(bench.recipe.monitor)
+    if value is not None:
+        score = value if HIGHER_IS_BETTER[bench.recipe.monitor] else -value
+        if bench.leader is None or score > bench.leader.score:
+            bench.leader = Leader(key, score, weight, bias)
 
 
 def cell_key(bench: Bench, cell: Cell) -> str:

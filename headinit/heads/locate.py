@@ -53,6 +53,16 @@ def library_of(model: nn.Module) -> str:
     return "torch"
 
 
+def is_made_for_a_task(model: nn.Module) -> bool:
+    """Whether a transformers class has a head: its name says what it is for (``BertForSequenceClassification``).
+
+    Example:
+        >>> is_made_for_a_task(type("SwiftFormerModel", (nn.Module,), {})())
+        False
+    """
+    return re.search("For[A-Z]", type(model).__name__) is not None
+
+
 def layer_width(layer: nn.Module) -> tuple[int, int]:
     """Input and output width of a Linear or convolution."""
     if isinstance(layer, nn.Linear):
@@ -79,7 +89,7 @@ def _transformers_layers(model: Any) -> list[tuple[str, nn.Module]]:
     wrapped = getattr(model, "timm_model", None)
     if wrapped is not None:  # TimmWrapper: timm's own declaration holds inside it
         return [(child_path("timm_model", path), layer) for path, layer in _timm_layers(wrapped)]
-    if "For" not in type(model).__name__:
+    if not is_made_for_a_task(model):
         raise HeadError(
             f"{type(model).__name__} is a base model without a classification head. Give attach_head "
             "pooling='mean' (or cls, pooler, max, last), or load its ...ForSequenceClassification class."
@@ -162,6 +172,11 @@ def _role(path: str) -> str:
         if pattern.search(path):
             return role
     return "main"
+
+
+def parameters_under(root: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
+    """Names of the parameters of the modules at these paths, as in `root.named_parameters()`."""
+    return tuple(child_path(path, name) for path in paths for name, _ in root.get_submodule(path).named_parameters())
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

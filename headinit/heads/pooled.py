@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from headinit.errors import HeadError, unknown_name
-from headinit.heads.locate import evaluating, library_of
+from headinit.heads.locate import evaluating, is_made_for_a_task, library_of
 from headinit.heads.modules import POOLINGS, TOKEN_KINDS
 
 
@@ -57,8 +57,7 @@ class HeadedBackbone(nn.Module):
         )
 
     def _logits(self, output: Any, mask: Tensor | None) -> Tensor:
-        tokens = getattr(output, "last_hidden_state", None)
-        tokens = output.feature_maps[-1] if tokens is None else tokens  # base models that are named backbones
+        tokens = hidden_states(output)
         if mask is not None and (mask.ndim != 2 or tokens.ndim != 3 or mask.shape[1] != tokens.shape[1]):
             mask = None  # a mask over something else, such as pixels or a longer input that the backbone shortened
         if self.pooling == "none":
@@ -178,7 +177,8 @@ def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, in
 
 def _transformers_body(model: Any) -> nn.Module:
     body = model.base_model
-    if body is model and "For" in type(model).__name__:
+    body = body if hasattr(body, "config") else model  # TimmWrapperModel's base is the timm model itself
+    if body is model and is_made_for_a_task(model):
         # CLIP-like classes: `base_model` is the classifier itself; its largest child without a head is the body.
         children = [child for child in model.children() if hasattr(child, "config")]
         if not children:
@@ -201,13 +201,29 @@ def _has_pooler(body: nn.Module) -> bool:
 
 
 def _transformers_width(body: Any) -> int:
-    """Width of the last hidden states, as the architecture declares it."""
-    if isinstance(getattr(body, "num_features", None), int):  # swin and its relatives: the width after the last stage
-        return body.num_features
+    """Width of the last hidden states: for text as the configuration declares it, for pictures as one picture shows."""
     config = body.config.get_text_config() if hasattr(body.config, "get_text_config") else body.config
-    names = ("hidden_size", "d_model", "dim", "n_embd", "hidden_sizes", "embed_dim", "embed_dims", "hidden_dim")
-    for width in (getattr(config, name, None) for name in names):
-        width = width[-1] if isinstance(width, list | tuple) and width else width  # one width per stage: the last
-        if isinstance(width, int):
-            return width
+    if getattr(body, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(config, "image_size", None) or 224
+        height, width = (size, size) if isinstance(size, int) else size
+        parameter = next(body.parameters())
+        picture = parameter.new_zeros(1, getattr(config, "num_channels", 3), height, width)
+        with evaluating(body):
+            tokens = hidden_states(body(pixel_values=picture))
+        return tokens.shape[1 if tokens.ndim == 4 else -1]
+    for name in ("d_latents", "hidden_size", "d_model", "dim", "n_embd"):  # perceiver gives its latents
+        if isinstance(getattr(config, name, None), int):
+            doubled = config.model_type == "reformer"  # its reversible layers give two streams side by side
+            return getattr(config, name) * (2 if doubled else 1)
     raise HeadError(f"{type(body).__name__} does not say how wide its hidden states are (no config.hidden_size).")
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The last hidden states in the output of a transformers base model."""
+    tokens = getattr(output, "last_hidden_state", None)
+    maps = getattr(output, "feature_maps", None)  # of base models that transformers names backbones
+    if tokens is not None:
+        return tokens
+    if not maps:
+        raise HeadError(f"An output of type {type(output).__name__} has no hidden states to pool.")
+    return maps[-1]

@@ -136,6 +136,9 @@ def logits_of(output: Any) -> Tensor:
         for key in ("logits", "out"):
             if key in output:
                 return output[key]
+    hidden = getattr(output, "last_hidden_state", None)
+    if isinstance(hidden, Tensor) and hidden.ndim == 2:
+        return hidden  # transformers' PPLCNetForImageClassification gives its logits under this name
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
         return output[0]
     raise HeadError(f"Cannot find the logits in an output of type {type(output).__name__}.")

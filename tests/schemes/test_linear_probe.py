@@ -79,7 +79,7 @@ def test_chosen_probe_is_as_good_as_a_searched_one_on_fresh_examples() -> None:
     ).fit(train.features.numpy(), train.labels.numpy())
     oracle = torch.from_numpy(search.predict_log_proba(data.features[300:].numpy()))
     assert found < 1.05 * log_losses(oracle, data.labels[300:]).mean().item()
-    assert head.notes["held_out_loss"] == pytest.approx(found, rel=0.15)
+    assert head.notes["held_out_loss"] == pytest.approx(found, rel=0.25)
 
 
 def test_the_same_seed_gives_the_same_probe_and_global_generators_stay() -> None:

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import headinit
+from headinit.heads.record import record_of
+from headinit.training.freezing import frozen_digest
+from tests.heads.models import tiny
+
+from .examples import (
+    Watch,
+    convolutional,
+    language,
+    picture_examples,
+    picture_loader,
+    rates,
+    run,
+    text_examples,
+)
+
+FIRST_STAGES = ("conv1", "bn1", "layer1", "layer2", "layer3")  # what freeze(model, 1) leaves of a residual network
+
+
+def check(watch: Watch, frozen: tuple[str, ...]) -> None:
+    """The frozen part has its bits, by its digest and tensor by tensor; the head, and what else may, has moved."""
+    assert frozen_digest(watch.model) == watch.digest
+    moved = watch.moved()
+    held = [name for name in watch.tensors if name.startswith(frozen)]
+    assert held
+    assert not moved.intersection(held)
+    assert watch.head() <= moved
+    learns = {name for name, p in watch.model.named_parameters() if p.requires_grad}
+    assert not learns.intersection(held)
+
+
+def test_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, watch = run(
+        "A plain torch loop", monkeypatch, tmp_path, backbone=convolutional(), train_loader=picture_loader()
+    )
+    check(watch, (*FIRST_STAGES, "layer4"))
+    assert watch.moved() == watch.head()
+    assert rates(names["optimizer"]) == {"head": 0.1}
+    pictures = torch.rand(2, 3, 32, 32)
+    assert torch.equal(headinit.load("my-model")(pictures), names["model"].eval()(pictures))
+
+
+def residual() -> nn.Module:
+    """transformers' own ResNet, with BatchNorm."""
+    return tiny(
+        "ResNetForImageClassification",
+        embedding_size=8,
+        hidden_sizes=[8, 12],
+        depths=[1, 1],
+        layer_type="basic",
+    )
+
+
+@pytest.mark.parametrize(
+    ("backbone", "data", "frozen"),
+    [
+        (residual, picture_examples, ("resnet.embedder", "resnet.encoder.stages.0")),
+        (language, text_examples, ("bert.embeddings", "bert.encoder.layer.0")),
+    ],
+    ids=["resnet", "bert"],
+)
+def test_transformers_trainer(
+    backbone: Any, data: Any, frozen: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, watch = run("transformers `Trainer`", monkeypatch, tmp_path, backbone=backbone(), train_dataset=data())
+    check(watch, frozen)
+    assert rates(names["optimizer"], "initial_lr") == {"backbone": 1e-4, "head": 1e-2}
+    assert names["trainer"].optimizer.optimizer is names["optimizer"]
+    again = type(names["model"]).from_pretrained("my-model")
+    assert again.num_labels == 3
+    for name, value in names["model"].state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+
+
+def test_trainer_on_pooled_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A body without a head of its own: `HeadedBackbone` has the loss that the Trainer asks for."""
+    _, watch = run(
+        "transformers `Trainer`",
+        monkeypatch,
+        tmp_path,
+        replaced=('report_to="none"', 'report_to="none", remove_unused_columns=False'),
+        backbone=language().bert,
+        train_dataset=text_examples(),
+    )
+    check(watch, ("backbone.embeddings", "backbone.encoder.layer.0"))
+
+
+def test_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lightning", reason="needs the extra: pip install 'headinit[lightning]'")
+    names, watch = run("Lightning", monkeypatch, tmp_path, backbone=convolutional(), train_loader=picture_loader())
+    check(watch, FIRST_STAGES)
+    assert rates(names["classifier"].optimizers().optimizer) == {"backbone": 1e-4, "head": 1e-2}
+    assert names["classifier"].model is watch.model
+
+
+def test_accelerate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, watch = run("accelerate", monkeypatch, tmp_path, backbone=convolutional(), train_loader=picture_loader())
+    check(watch, FIRST_STAGES)
+    assert rates(names["optimizer"].optimizer) == {"backbone": 1e-4, "head": 1e-2}
+
+
+def test_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, watch = run("timm", monkeypatch, tmp_path, backbone=convolutional(), train_loader=picture_loader())
+    check(watch, FIRST_STAGES)
+    assert rates(names["optimizer"], "initial_lr") == {"backbone": 1e-4, "head": 1e-2}
+    now = rates(names["optimizer"])
+    assert now["head"] < 1e-2  # the schedule has come down
+    assert now["head"] / now["backbone"] == pytest.approx(100)
+    decays = {group["name"]: group["weight_decay"] for group in names["optimizer"].param_groups}
+    assert decays["head"] == 0.05
+    assert decays["head/no_decay"] == 0
+
+
+def test_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
+    loader = DataLoader(text_examples(), batch_size=4)
+    names, watch = run("PEFT", monkeypatch, tmp_path, backbone=language(), train_loader=loader)
+    adapted, merged = names["adapted"], names["merged"]
+    assert rates(names["optimizer"]) == {"backbone": 1e-3, "head": 1e-2}
+    groups = {group["name"]: len(group["params"]) for group in names["optimizer"].param_groups}
+    assert groups == {"backbone": 8, "head": 1, "head/no_decay": 1}  # two matrices for each of 2 x 2 layers
+    # Merging adds the adapters into these and puts the trained head in its place; all else has its bits.
+    adapters = {f"bert.encoder.layer.{i}.attention.self.{kind}.weight" for i in (0, 1) for kind in ("query", "value")}
+    head = watch.head()
+    state = {**dict(merged.named_parameters()), **dict(merged.named_buffers())}
+    changed = {name for name, (_, before) in watch.tensors.items() if not torch.equal(state[name], before)}
+    assert changed == adapters | head
+    assert type(merged) is type(watch.model)
+    assert adapted is not merged
+    batch = {k: v for k, v in next(iter(loader)).items() if k != "labels"}
+    assert torch.equal(headinit.load("my-model")(**batch).logits, merged.eval()(**batch).logits)
+
+
+def test_adapters_leave_the_frozen_part_in_evaluation_mode() -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
+    model = headinit.freeze(headinit.attach_head(language(), 3), "all")
+    new = list(record_of(model).new_modules)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=new)).train()
+    batch = {"input_ids": torch.randint(5, 60, (2, 5))}
+    assert torch.equal(adapted(**batch).logits, adapted(**batch).logits)  # the pretrained dropout is off
+    assert any(module.training for name, module in adapted.named_modules() if "lora_dropout" in name)
+
+
+def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(name, reason="needs the extra: pip install 'headinit[onnx]'")
+    run("ONNX", monkeypatch, tmp_path, backbone=convolutional())
+    assert os.listdir(tmp_path) == ["model.onnx"]
