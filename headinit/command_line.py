@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from headinit.config import run_id
 from headinit.errors import HeadInitError, unknown_name
 
-_DEBUG = "HEADINIT_DEBUG"  # an environment variable, so that the processes of a launcher know it too
+# An environment variable, so that the processes of a launcher know it too.
+_DEBUG = "HEADINIT_DEBUG"
 
 
 def mistakes_reported(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
@@ -41,10 +42,11 @@ def _remove_empty_run_folder() -> None:
     """Hydra makes the run's folder before the run has looked at its input."""
     from hydra.core.hydra_config import HydraConfig
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder = Path(HydraConfig.get().runtime.output_dir).resolve()
     with suppress(OSError):  # not empty: something worth keeping is there
-        folder.rmdir()
-        folder.parent.rmdir()
+        for made in (folder, folder.parent):
+            if not Path.cwd().is_relative_to(made):
+                made.rmdir()
 
 
 def run_script(main: Callable[[], Any]) -> int:

@@ -75,7 +75,7 @@ class TrainerSettings:
     accumulation: int = 1
     label_smoothing: float = 0.0
     patience: int | None = None
-    monitor: str = "accuracy"
+    monitor: str | None = None
     precision: str = "fp32"
     workers: int = 2
     save_every_steps: int | None = None

@@ -32,7 +32,7 @@ from headinit.analysis.summary import run_summary
 from headinit.backbones.load import Backbone, load_backbone
 from headinit.config import Settings, as_mapping
 from headinit.data.catalog import load_data
-from headinit.data.loading import Batches, TensorBatches
+from headinit.data.loading import Batches, TensorBatches, TokenBatches
 from headinit.data.splits import DataSplits, Split
 from headinit.errors import ConfigError
 from headinit.features.cache import FeatureCache
@@ -43,7 +43,9 @@ from headinit.heads.record import call_model, record_of
 from headinit.training.evaluation import predict
 from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze, frozen_digest, frozen_summary
+from headinit.training.losses import count_targets, summed_loss
 from headinit.training.recipe import Recipe
+from headinit.training.targets import Standardisation, layer_with_bias
 
 START_EXAMPLES = 512
 """How many training examples the start is judged on where the backbone has to run for it."""
@@ -81,6 +83,46 @@ class Loaders:
     test: Batches | None
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is learnt and how it is judged.
+
+    Attributes:
+        name: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``.
+        class_names: names of the classes, or of the targets.
+        scale: of regression targets, which the model learns standardised.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    scale: Standardisation | None = None
+
+    @classmethod
+    def of(cls, splits: DataSplits) -> Task:
+        """The task of some data."""
+        scale = Standardisation.of(splits.train.labels) if splits.task == "regression" else None
+        return cls(splits.task, splits.class_names, scale)
+
+    def in_own_units(self, values: Tensor) -> Tensor:
+        """Outputs, or the labels that batches bring, in the units of the data."""
+        return values if self.scale is None else self.scale.restore(values)
+
+    def metrics(self, outputs: Tensor, labels: Tensor) -> dict[str, float]:
+        """Scores, in the units of the data."""
+        scores = metrics_for(self.name, self.class_names)
+        return scores(self.in_own_units(outputs), self.in_own_units(labels))
+
+    def start(self, outputs: Tensor, labels: Tensor) -> dict[str, Any]:
+        """How the head starts, in the units of the data."""
+        return start_diagnostics(self.in_own_units(outputs), self.in_own_units(labels), task=self.name)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The sum over examples (over labelled tokens) of their losses, in the units of the data."""
+        outputs, labels = self.in_own_units(outputs), self.in_own_units(labels.to(outputs.device))
+        per_example = 1 if self.name in ("single_label", "token") else count_targets(labels[:1], self.name)
+        return summed_loss(outputs, labels, self.name) / per_example
+
+
 def run(settings: Settings, folder: Path, console: Console | None = None) -> RunRecord:
     """Run an experiment, or read its result where it has finished before.
 
@@ -99,6 +141,8 @@ def run(settings: Settings, folder: Path, console: Console | None = None) -> Run
     clock = PhaseClock()
     with clock("data"):
         splits = load_splits(settings)
+        task = Task.of(splits)
+    recipe_of(settings, task.name, task.class_names)  # what is wrong with it is said before anything is loaded
     finished = _finished_run(folder, splits)
     if finished is not None:
         console.print(f"This run has finished before; its result is in {folder}.")
@@ -107,16 +151,19 @@ def run(settings: Settings, folder: Path, console: Console | None = None) -> Run
     with clock("backbone"):
         backbone = load_model(settings, splits)
     _announce(console, settings, splits, backbone)
-    loaders = make_loaders(settings, splits, backbone)
+    learnt = splits if task.scale is None else task.scale.standardised(splits)
+    loaders = make_loaders(settings, learnt, backbone)
     with clock("head"):
         model = attach_new_head(settings, splits, backbone)
         apply_freeze(model, settings)
     digest_before = frozen_digest(model)
     if trains_on_features(model, settings):
-        start, outcome, evaluations = _run_on_features(model, settings, loaders, folder, clock)
+        start, outcome, evaluations = _run_on_features(model, settings, loaders, task, folder, clock)
     else:
-        start, outcome, evaluations = _run_on_examples(model, settings, loaders, folder, clock)
+        start, outcome, evaluations = _run_on_examples(model, settings, loaders, task, folder, clock)
     digests = {"before": digest_before, "after": frozen_digest(model)}
+    if task.scale is not None:
+        task.scale.fold(model)
     record = _record(settings, splits, backbone, model, start, outcome, evaluations, digests, clock)
     attach.save(model, folder / "model", preprocessing=backbone.preprocessing)
     write_result(folder, record)
@@ -146,7 +193,7 @@ def load_model(settings: Settings, splits: DataSplits) -> Backbone:
         ConfigError: the backbone reads text and the data are pictures, or the other way round.
     """
     options = {k: v for k, v in settings.model.items() if k not in ("name", "pooling") and v is not None}
-    backbone = load_backbone(settings.model["name"], seed=settings.seed, **options)
+    backbone = load_backbone(settings.model["name"], seed=settings.seed, task=splits.task, **options)
     if backbone.modality != splits.modality:
         other = {"image": "model=efficientnet_lite0 or model=resnet50", "text": "model=minilm or model=bert"}
         data = {"image": "data=digits or data=imagefolder", "text": "data=pydocs or data=csv"}
@@ -189,23 +236,39 @@ def make_loaders(settings: Settings, splits: DataSplits, backbone: Backbone) -> 
 
 
 def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone, data: Any = None) -> nn.Module:
-    """The model with its new head in place; a scheme that needs data gets its turn when there are features."""
+    """The model with its new head in place; a scheme that needs data gets its turn when there are features.
+
+    Raises:
+        ConfigError: the kind of head makes one feature of all tokens, and every token has a label.
+        HeadError: the head cannot predict numbers, and the data are a regression.
+    """
     name, options = init_of(settings)
     head_options = {key: value for key, value in settings.head.items() if key != "name"}
     waits = schemes.needs_data(name, **options)
     pools_by_itself = settings.head["name"] in TOKEN_KINDS
-    return attach.attach_head(
+    if pools_by_itself and splits.task == "token":
+        raise ConfigError(
+            f"head={settings.head['name']} makes one feature of all tokens, and in these data every word has a label: "
+            "use head=linear, mlp or cosine."
+        )
+    unpooled = pools_by_itself or splits.task == "token"
+    model = attach.attach_head(
         backbone,
         splits.num_classes,
         init="zeros" if waits else name,
         init_options={} if waits else options,
         head=settings.head["name"],
         head_options=head_options,
-        pooling="native" if pools_by_itself else settings.model.get("pooling") or "native",
+        pooling="native" if unpooled else settings.model.get("pooling") or "native",
         seed=settings.seed,
         class_names=splits.class_names,
         task=splits.task,
+        bias=True if splits.task == "regression" else None,  # it will hold the mean of the targets
     )
+    if splits.task == "regression":
+        for site in record_of(model).sites:
+            layer_with_bias(model, site.path)
+    return model
 
 
 def init_of(settings: Settings) -> tuple[str, dict[str, Any]]:
@@ -224,8 +287,8 @@ def apply_freeze(model: nn.Module, settings: Settings) -> None:
     freeze(model, policy, norm=settings.freeze.norm)
 
 
-def recipe_of(settings: Settings) -> Recipe:
-    """The training recipe that the settings describe."""
+def recipe_of(settings: Settings, task: str = "single_label", class_names: tuple[str, ...] = ()) -> Recipe:
+    """The training recipe that the settings describe for a task."""
     optim, schedule, trainer = settings.optim, settings.schedule, settings.trainer
     return Recipe(
         epochs=trainer.epochs,
@@ -246,7 +309,7 @@ def recipe_of(settings: Settings) -> Recipe:
         accumulation=trainer.accumulation,
         label_smoothing=trainer.label_smoothing,
         patience=trainer.patience,
-        monitor=trainer.monitor,
+        monitor=trainer.monitor or primary_metric(task, class_names),
         precision=trainer.precision,
         seed=settings.order_seed,
     )
@@ -267,37 +330,37 @@ def trains_on_features(model: nn.Module, settings: Settings) -> bool:
 
 
 def _run_on_features(
-    model: nn.Module, settings: Settings, loaders: Loaders, folder: Path, clock: PhaseClock
+    model: nn.Module, settings: Settings, loaders: Loaders, task: Task, folder: Path, clock: PhaseClock
 ) -> tuple[dict[str, Any], TrainingOutcome, dict[str, Any]]:
     """The backbone runs once over every split; the head trains on what it saw."""
+    sources = {"train": loaders.train_in_order, "val": loaders.validation, "test": loaders.test}
     with clock("features"):
         features = {
             name: extract_features(model, batches, cache=feature_cache(settings), progress=settings.trainer.progress)
-            for name, batches in (
-                ("train", loaders.train_in_order),
-                ("val", loaders.validation),
-                ("test", loaders.test),
-            )
+            for name, batches in sources.items()
             if batches is not None
         }
+        lengths = {name: sources[name].labelled_tokens() for name in features if task.name == "token"}
     with clock("head"):
         _start_from_data(model, settings, features["train"])
     head = model.get_submodule(record_of(model).sites[0].path)
-    start = _start_on_features(head, features["train"])
+    start = _start_on_features(head, features["train"], task)
 
     def batches(name: str, seed: int | None = None) -> TensorBatches:
-        chosen = features[name]
-        return TensorBatches(chosen.features, chosen.labels, settings.trainer.batch_size, shuffle_seed=seed)
+        chosen, size = features[name], settings.trainer.batch_size
+        if task.name == "token":
+            return TokenBatches(chosen.features, chosen.labels, lengths[name], size, shuffle_seed=seed)
+        return TensorBatches(chosen.features, chosen.labels, size, shuffle_seed=seed)
 
     with clock("training"), one_thread_if_small(head, settings.trainer.batch_size):
-        outcome = _train(head, batches("train", settings.order_seed), batches("val"), model, settings, folder)
+        outcome = _train(head, batches("train", settings.order_seed), batches("val"), task, settings, folder)
     with clock("evaluation"):
-        evaluations = {name: _metrics(head, batches(name), model) for name in features if name != "train"}
+        evaluations = {name: task.metrics(*predict(head, batches(name))) for name in features if name != "train"}
     return start, outcome, evaluations
 
 
 def _run_on_examples(
-    model: nn.Module, settings: Settings, loaders: Loaders, folder: Path, clock: PhaseClock
+    model: nn.Module, settings: Settings, loaders: Loaders, task: Task, folder: Path, clock: PhaseClock
 ) -> tuple[dict[str, Any], TrainingOutcome, dict[str, Any]]:
     """The whole model runs over every batch."""
     name, options = init_of(settings)
@@ -309,13 +372,13 @@ def _run_on_examples(
         with clock("head"):
             _start_from_data(model, settings, features)
     with clock("start"):
-        start = _start_on_examples(model, loaders.train_in_order)
+        start = _start_on_examples(model, loaders.train_in_order, task)
     with clock("training"):
-        outcome = _train(model, loaders.train, loaders.validation, model, settings, folder)
+        outcome = _train(model, loaders.train, loaders.validation, task, settings, folder)
     with clock("evaluation"):
-        evaluations = {"val": _metrics(model, loaders.validation, model)}
+        evaluations = {"val": task.metrics(*predict(model, loaders.validation))}
         if loaders.test is not None:
-            evaluations["test"] = _metrics(model, loaders.test, model)
+            evaluations["test"] = task.metrics(*predict(model, loaders.test))
     return start, outcome, evaluations
 
 
@@ -344,16 +407,15 @@ def _start_from_data(model: nn.Module, settings: Settings, features: FeatureSet)
 
 
 def _train(
-    trained: nn.Module, train: Any, validation: Any, model: nn.Module, settings: Settings, folder: Path
+    trained: nn.Module, train: Any, validation: Any, task: Task, settings: Settings, folder: Path
 ) -> TrainingOutcome:
-    metrics = metrics_for(record_of(model).task)
     return finetune(
         trained,
         train,
         validation,
-        recipe_of(settings),
-        task=record_of(model).task,
-        evaluate_metrics=metrics,
+        recipe_of(settings, task.name, task.class_names),
+        task=task.name,
+        evaluate_metrics=task.metrics,
         folder=folder / "checkpoint",
         save_every_steps=settings.trainer.save_every_steps,
         on_evaluation=_metrics_writer(folder),
@@ -371,38 +433,40 @@ def _metrics_writer(folder: Path) -> Callable[[dict[str, Any]], None]:
     return write
 
 
-def _metrics(model: nn.Module, batches: Any, owner: nn.Module) -> dict[str, float]:
-    return metrics_for(record_of(owner).task)(*predict(model, batches))
-
-
 # --- how the head starts ----------------------------------------------------------------------------------------------
 
 
-def _start_on_features(head: nn.Module, features: FeatureSet) -> dict[str, Any]:
+def _start_on_features(head: nn.Module, features: FeatureSet, task: Task) -> dict[str, Any]:
     with evaluating(head):
         logits = torch.cat([head(part) for part in features.features.split(1024)])
-    gradient = _feature_gradient(head, features.features[:START_EXAMPLES], features.labels[:START_EXAMPLES])
-    return {**start_diagnostics(logits, features.labels), "feature_gradient": gradient}
+    gradient = _feature_gradient(head, features.features[:START_EXAMPLES], features.labels[:START_EXAMPLES], task)
+    return {**task.start(logits, features.labels), "feature_gradient": gradient}
 
 
-def _start_on_examples(model: nn.Module, batches: Batches) -> dict[str, Any]:
+def _start_on_examples(model: nn.Module, batches: Batches, task: Task) -> dict[str, Any]:
     """Judged on the first examples in a fixed order, at most `START_EXAMPLES`."""
     logits, labels, gradients = [], [], []
+    examples = 0
     for batch in batches:
-        found, gradient = head_start(model, batch.inputs, batch.labels)
-        logits.append(found)
-        labels.append(batch.labels)
-        gradients.append(gradient)
-        if sum(map(len, labels)) >= START_EXAMPLES:
+        found, gradient = head_start(model, batch.inputs, batch.labels, task.loss)
+        known = batch.labels >= 0 if task.name == "token" else slice(None)
+        logits.append(found[known])
+        labels.append(batch.labels[known])
+        gradients.append(gradient[known])
+        examples += len(batch.labels)
+        if examples >= START_EXAMPLES:
             break
-    start = start_diagnostics(torch.cat(logits), torch.cat(labels))
+    start = task.start(torch.cat(logits), torch.cat(labels))
     return {**start, "feature_gradient": torch.cat(gradients).mean().item()}
 
 
-def head_start(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+def head_start(
+    model: nn.Module, inputs: Any, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor] = summed_loss
+) -> tuple[Tensor, Tensor]:
     """Logits of one batch, and the norm of the loss's gradient into what the head receives, per example.
 
-    The backbone runs without gradients: the graph begins at the head.
+    The backbone runs without gradients: the graph begins at the head. With labels `(B, T)` for each token the norms are
+    those of each token.
     """
     head = model.get_submodule(record_of(model).sites[0].path)
     leaves: list[Tensor] = []
@@ -415,16 +479,16 @@ def head_start(model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Tensor, T
     try:
         with evaluating(model), torch.enable_grad():
             logits = call_model(model, inputs)
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, leaves[-1])
+            (gradient,) = torch.autograd.grad(loss(logits.float(), labels.to(logits.device)), leaves[-1])
     finally:
         handle.remove()
-    return logits.detach().float().cpu(), gradient.flatten(1).norm(dim=1).double().cpu()
+    rows = logits.ndim - 1  # one for each example, or for each token of each
+    return logits.detach().float().cpu(), gradient.flatten(rows).norm(dim=rows).double().cpu()
 
 
-def _feature_gradient(head: nn.Module, features: Tensor, labels: Tensor) -> float:
+def _feature_gradient(head: nn.Module, features: Tensor, labels: Tensor, task: Task) -> float:
     with evaluating(head), torch.enable_grad():
-        return feature_gradient_of(head, features, labels).mean().item()
+        return feature_gradient_of(head, features, labels, task.loss).mean().item()
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -459,8 +523,10 @@ def _record(
     clock: PhaseClock,
 ) -> RunRecord:
     frozen = frozen_summary(model)
+    config = as_mapping(settings)
+    config["trainer"]["monitor"] = recipe_of(settings, splits.task, splits.class_names).monitor
     return RunRecord(
-        config=as_mapping(settings),
+        config=config,
         seeds={"head": settings.seed, "order": settings.order_seed, "split": split_seed_of(settings)},
         init=dict(start),
         val=evaluations["val"],
@@ -482,7 +548,7 @@ def _record(
         pretrained=backbone.weights.source != "random",
         weights_source=backbone.weights.source,
         class_names=splits.class_names,
-        history=[(line["step"], line[primary_metric(splits.task)]) for line in outcome.history],
+        history=[(line["step"], line[primary_metric(splits.task, splits.class_names)]) for line in outcome.history],
         data=splits.name,
         task=splits.task,
     )
@@ -494,9 +560,12 @@ def _announce(console: Console, settings: Settings, splits: DataSplits, backbone
     origin = f"{weights.source} weights" + (f" ({weights.path})" if weights.path else "")
     test = "no test split" if splits.test is None else f"{len(splits.test)} test"
     console.print(f"[bold]{settings.model['name']}[/bold] ({backbone.library}), {origin}", highlight=False)
+    kinds = {"regression": "target", "token": "tag", "multi_label": "label"}
+    what = f"{splits.num_classes} {kinds.get(splits.task, 'class')}"
+    if splits.num_classes > 1:
+        what += "es" if splits.task == "single_label" else "s"
     console.print(
-        f"[bold]{splits.name}[/bold]: {splits.num_classes} classes, {len(splits.train)} train, "
-        f"{len(splits.validation)} validation, {test}",
+        f"[bold]{splits.name}[/bold]: {what}, {len(splits.train)} train, {len(splits.validation)} validation, {test}",
         highlight=False,
     )
     if weights.source == "random":

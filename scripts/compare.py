@@ -50,7 +50,14 @@ def _main(config: DictConfig) -> None:
         settings, grid = plan_from(OmegaConf.to_container(plain, resolve=True))
         cache = None if config.cache is None else FeatureCache(config.cache, max_bytes=int(config.cache_gb * 2**30))
         comparison = compare_settings(
-            settings, grid, folder, cache=cache, margin=config.margin, progress=config.trainer.progress, console=console
+            settings,
+            grid,
+            folder,
+            cache=cache,
+            views=config.views,
+            margin=config.margin,
+            progress=config.trainer.progress,
+            console=console,
         )
     comparison.save(folder)
     console.print(comparison.rich_table())

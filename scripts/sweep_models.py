@@ -316,9 +316,8 @@ def write_report(outcomes: list[Outcome], path: Path) -> None:
         f"torch {torch.__version__.split('+')[0]}, torchvision {torchvision.__version__.split('+')[0]}, timm "
         f"{timm.__version__}, transformers {transformers.__version__}.",
         "",
-        "`full`: built with values, every check of the script. `shape`: too large for that; built without values, head "
-        "found",
-        "and replaced, shape of the logits checked.",
+        "`full`: built with values, every check of the script. `shape`: larger than `--limit`; built without values,",
+        "head found and replaced, shape of the logits checked.",
         "",
         "| library | kind | models | attached | full | shape | refused | not built | failed |",
         "|---|---|---|---|---|---|---|---|---|",

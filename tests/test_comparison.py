@@ -517,6 +517,20 @@ def test_features_are_computed_once_for_all_splits(
     assert len(list((tmp_path / "cache").glob("*/complete.json"))) == 1
 
 
+def test_augmented_views_are_other_features(tmp_path: Path, picture_folder: Path) -> None:
+    options: dict[str, Any] = {"inits": ["he"], "seeds": 1, "epochs": 3, "cache": tmp_path / "cache"}
+    plain_rows = by_name(picture_folder, tmp_path / "a", **options).rows
+    data = {"name": "imagefolder", "root": str(picture_folder), "modality": "image", "augmentation": "basic"}
+    options |= {"lrs": 0.01, "batch_size": 16, "views": 2}
+    found = compare(SMALL_MODEL, data, folder=tmp_path / "a", **options)
+    assert not (tmp_path / "a" / "runs").exists()
+    assert found.rows[0].init_loss == plain_rows[0].init_loss
+    assert found.rows[0].val["nll"] != plain_rows[0].val["nll"]
+    assert len(list((tmp_path / "cache").glob("*/complete.json"))) == 3
+    with pytest.raises(ConfigError, match="augmented"):
+        by_name(picture_folder, tmp_path / "b", views=2)
+
+
 def test_runs_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
         compare_runs(tmp_path / "none")

@@ -8,32 +8,41 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from headinit.errors import DataError
+from headinit.errors import DataError, unknown_name
 
 EXPLODING_FACTOR = 2.0
-"""An initial loss above this many times ln K is warned about."""
+"""An initial loss above this many times the loss of chance is warned about."""
 
 SATURATED_CONFIDENCE = 0.999
 
 
 def start_diagnostics(
-    logits: Tensor, labels: Tensor, weight: Tensor | None = None, features: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    weight: Tensor | None = None,
+    features: Tensor | None = None,
+    task: str = "single_label",
 ) -> dict[str, Any]:
-    """How a classification head starts, before any training.
+    """How a head starts, before any training.
 
     Args:
-        logits: `(N, K)` of the head as it starts.
-        labels: `(N,)` class numbers.
-        weight: `(K, d)` of a linear head; gives ``feature_gradient`` in closed form. For other heads use
-            `feature_gradient_of`.
+        logits: `(N, K)` of the head as it starts; for ``"token"`` also `(N, T, K)`.
+        labels: `(N,)` class numbers; `(N, K)` 0/1 or targets; for ``"token"`` also `(N, T)`, negative where a token has
+            none.
+        weight: `(K, d)` of a linear head over single labels; gives ``feature_gradient`` in closed form. For other heads
+            and tasks use `feature_gradient_of`.
         features: `(N, d)` what the head receives; gives ``feature_norm``, the mean norm.
+        task: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``.
 
     Returns:
-        ``loss`` (nats), ``chance_loss`` = ln K, ``prior_entropy`` = the loss of always giving the class shares,
-        ``majority`` = share of the most frequent class, ``accuracy``, ``logit_std`` (over all logits),
-        ``feature_gradient`` and ``feature_norm`` (None if not asked for), ``warnings`` (sentences; empty if all is
-        well).
+        ``loss``: the task's own, mean over targets (nats, or squared units of the targets). ``chance_loss``: ln K; ln 2
+        for each label of a multi-label task; the variance of the targets for regression. ``prior_entropy``: the loss
+        of always giving the shares of the classes (labels). ``majority``: share of the most frequent class (of right
+        decisions if each label is always given its more frequent value). ``accuracy``. ``logit_std`` (over all logits).
+        ``feature_gradient`` and ``feature_norm`` (None if not asked for). ``warnings`` (sentences; empty if all is
+        well). What a regression does not have is None.
 
     Raises:
         DataError: the shapes do not fit.
@@ -45,31 +54,89 @@ def start_diagnostics(
         >>> start["warnings"][0].split(":")[0]
         'dead start'
     """
-    _check(logits, labels, weight, features)
-    scores, labels = logits.detach().double(), labels.detach().long().to(logits.device)
+    if task not in _STARTS:
+        raise unknown_name("task", task, _STARTS)
+    if task == "token":
+        known = labels >= 0
+        logits, labels = logits[known.to(logits.device)], labels[known]
+    if task in ("single_label", "token"):
+        _check(logits, labels, weight, features)
+    scores = logits.detach().double()
+    if task in ("multi_label", "regression"):
+        labels = _as_targets(labels, scores)
+    labels = labels.detach().to(logits.device)
+    gradient = None if weight is None else linear_feature_gradient(scores, labels.long(), weight).mean().item()
+    own, confident = _STARTS[task](scores, labels)
+    start: dict[str, Any] = {
+        **own,
+        "logit_std": scores.std(correction=0).item(),
+        "feature_gradient": gradient,
+        "feature_norm": None if features is None else features.detach().double().norm(dim=1).mean().item(),
+    }
+    return {**start, "warnings": start_warnings(start, confident, chance_name=_CHANCE_NAMES[task])}
+
+
+def _start_of_classes(scores: Tensor, labels: Tensor) -> tuple[dict[str, Any], float]:
+    """What depends on the task, and the share of examples whose greatest probability is above 0.999."""
+    labels = labels.long()
     log_probabilities = torch.log_softmax(scores, dim=1)
     shares = torch.bincount(labels, minlength=scores.shape[1]).double() / len(labels)
-    gradient = None if weight is None else linear_feature_gradient(scores, labels, weight).mean().item()
-    start: dict[str, Any] = {
+    start = {
         "loss": -log_probabilities.gather(1, labels[:, None]).mean().item(),
         "chance_loss": math.log(scores.shape[1]),
         "prior_entropy": -torch.special.xlogy(shares, shares).sum().item() + 0.0,
         "majority": shares.max().item(),
         "accuracy": (scores.argmax(dim=1) == labels).double().mean().item(),
-        "logit_std": scores.std(correction=0).item(),
-        "feature_gradient": gradient,
-        "feature_norm": None if features is None else features.detach().double().norm(dim=1).mean().item(),
     }
-    confident = (log_probabilities.amax(dim=1) > math.log(SATURATED_CONFIDENCE)).double().mean().item()
-    return {**start, "warnings": start_warnings(start, confident)}
+    return start, (log_probabilities.amax(dim=1) > math.log(SATURATED_CONFIDENCE)).double().mean().item()
 
 
-def start_warnings(start: dict[str, Any], confident_share: float = 0.0) -> list[str]:
+def _start_of_labels(scores: Tensor, targets: Tensor) -> tuple[dict[str, Any], float]:
+    shares = targets.mean(dim=0)
+    entropies = -torch.special.xlogy(shares, shares) - torch.special.xlogy(1 - shares, 1 - shares)
+    start = {
+        "loss": F.binary_cross_entropy_with_logits(scores, targets).item(),
+        "chance_loss": math.log(2),
+        "prior_entropy": entropies.mean().item() + 0.0,
+        "majority": torch.maximum(shares, 1 - shares).mean().item(),
+        "accuracy": ((scores > 0) == (targets > 0.5)).double().mean().item(),
+    }
+    confident = torch.sigmoid(scores.abs()).amin(dim=1) > SATURATED_CONFIDENCE  # sure of every label
+    return start, confident.double().mean().item()
+
+
+def _start_of_targets(scores: Tensor, targets: Tensor) -> tuple[dict[str, Any], float]:
+    start = {
+        "loss": (scores - targets).square().mean().item(),
+        "chance_loss": targets.var(dim=0, correction=0).mean().item(),
+        "prior_entropy": None,
+        "majority": None,
+        "accuracy": None,
+    }
+    return start, 0.0
+
+
+_STARTS: dict[str, Callable[[Tensor, Tensor], tuple[dict[str, Any], float]]] = {
+    "single_label": _start_of_classes,
+    "token": _start_of_classes,
+    "multi_label": _start_of_labels,
+    "regression": _start_of_targets,
+}
+_CHANCE_NAMES = {
+    "single_label": "ln K",
+    "token": "ln K",
+    "multi_label": "ln 2",
+    "regression": "the variance of the targets",
+}
+
+
+def start_warnings(start: dict[str, Any], confident_share: float = 0.0, chance_name: str = "ln K") -> list[str]:
     """What is worth warning about in a start.
 
     Args:
         start: as `start_diagnostics` gives it.
         confident_share: share of examples whose greatest probability is above 0.999.
+        chance_name: what the loss of chance is, in words.
 
     Example:
         >>> start_warnings({"loss": 9.0, "chance_loss": 2.3, "accuracy": 0.1, "feature_gradient": 3.0})[0].split(":")[0]
@@ -83,12 +150,14 @@ def start_warnings(start: dict[str, Any], confident_share: float = 0.0) -> list[
         )
     if not math.isfinite(loss) or loss > EXPLODING_FACTOR * chance > 0:
         found.append(
-            f"exploding start: the initial loss {loss:.3g} is over {EXPLODING_FACTOR:g} times ln K = {chance:.3g}. "
+            f"exploding start: the initial loss {loss:.3g} is over {EXPLODING_FACTOR:g} times {chance_name} = "
+            f"{chance:.3g}. "
             "Scale the head down (target scale, or a smaller std)."
         )
     if confident_share > 0.5 and start["accuracy"] < 0.95:
+        squashing = "sigmoid" if chance_name == "ln 2" else "softmax"
         found.append(
-            f"saturated softmax: {confident_share:.0%} of the examples start with a probability above "
+            f"saturated {squashing}: {confident_share:.0%} of the examples start with a probability above "
             f"{SATURATED_CONFIDENCE:g}, yet the accuracy is {start['accuracy']:.0%}. Scale the head down or fit a "
             "temperature."
         )
@@ -120,8 +189,13 @@ def linear_feature_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> T
     return ((errors @ gram) * errors).sum(dim=1).clamp_min(0).sqrt()
 
 
-def feature_gradient_of(head: Callable[[Tensor], Tensor], features: Tensor, labels: Tensor) -> Tensor:
-    """Norm of the cross-entropy's gradient into the features, per example, for any head, by autograd.
+def feature_gradient_of(
+    head: Callable[[Tensor], Tensor],
+    features: Tensor,
+    labels: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Norm of the loss's gradient into the features, per example, for any head, by autograd.
 
     Each example's loss must depend on that example alone (no BatchNorm in training mode). The gradients of the head's
     own parameters are left as they were.
@@ -129,7 +203,8 @@ def feature_gradient_of(head: Callable[[Tensor], Tensor], features: Tensor, labe
     Args:
         head: maps `(N, ...)` to logits `(N, K)`.
         features: `(N, ...)` what the head receives.
-        labels: `(N,)` class numbers.
+        labels: `(N,)` class numbers, or what `loss` takes.
+        loss: ``(logits, labels) -> sum of the examples' losses``; None for the cross-entropy.
 
     Returns:
         `(N,)` float64.
@@ -141,8 +216,9 @@ def feature_gradient_of(head: Callable[[Tensor], Tensor], features: Tensor, labe
     inputs = features.detach().clone().requires_grad_(True)
     with torch.enable_grad():
         logits = head(inputs)
-        loss = torch.nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, inputs, allow_unused=True)
+        labels = labels.to(logits.device)
+        total = F.cross_entropy(logits, labels, reduction="sum") if loss is None else loss(logits, labels)
+        (gradient,) = torch.autograd.grad(total, inputs, allow_unused=True)
     if gradient is None:
         return torch.zeros(len(features), dtype=torch.float64)
     return gradient.double().reshape(len(features), -1).norm(dim=1)
@@ -229,6 +305,16 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, features: Tens
         raise DataError(f"The head's weight {tuple(weight.shape)} does not give {logits.shape[1]} logits.")
     if features is not None and (features.ndim != 2 or len(features) != len(logits)):
         raise DataError(f"Features must be (N, d) with N = {len(logits)}; found {tuple(features.shape)}.")
+
+
+def _as_targets(labels: Tensor, scores: Tensor) -> Tensor:
+    targets = labels.detach().double().to(scores.device)
+    targets = targets[:, None] if targets.ndim == 1 else targets
+    if scores.ndim != 2 or targets.shape != scores.shape or not len(targets):
+        raise DataError(
+            f"Start diagnostics need outputs and targets (N, K); found {tuple(scores.shape)} and {tuple(labels.shape)}."
+        )
+    return targets
 
 
 def _relative_change(before: Tensor, after: Tensor) -> float | None:

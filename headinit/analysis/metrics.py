@@ -206,7 +206,7 @@ def token_metrics(logits: Tensor, labels: Tensor, class_names: Sequence[str] = (
         "accuracy": (predictions == truth).double().mean().item(),
         "nll": -torch.log_softmax(flat, dim=1).gather(1, truth[:, None]).mean().item(),
     }
-    if not any(name.startswith(("B-", "I-")) for name in class_names):
+    if not _are_iob(class_names):
         return scores
     if len(class_names) != flat.shape[1]:
         raise DataError(
@@ -262,13 +262,15 @@ def metrics_for(task: str, class_names: Sequence[str] = ()) -> Callable[[Tensor,
     return functions[task]
 
 
-def primary_metric(task: str) -> str:
-    """The metric that selects the best epoch of a task.
+def primary_metric(task: str, class_names: Sequence[str] = ()) -> str:
+    """The metric that selects the best epoch of a task; of tokens with IOB names, the F1 over whole entities.
 
     Example:
-        >>> primary_metric("single_label"), primary_metric("regression")
-        ('accuracy', 'pearson')
+        >>> primary_metric("single_label"), primary_metric("regression"), primary_metric("token", ["O", "B-PER"])
+        ('accuracy', 'pearson', 'entity_f1')
     """
+    if task == "token" and _are_iob(class_names):
+        return "entity_f1"
     names = {"single_label": "accuracy", "multi_label": "map", "regression": "pearson", "token": "accuracy"}
     if task not in names:
         raise unknown_name("task", task, names)
@@ -362,6 +364,10 @@ def _mean_ranks(values: Tensor) -> Tensor:
         last = counts.cumsum(0).double()
         columns.append((last - (counts.double() - 1) / 2)[inverse])
     return torch.stack(columns, dim=1)
+
+
+def _are_iob(class_names: Sequence[str]) -> bool:
+    return any(name.startswith(("B-", "I-")) for name in class_names)
 
 
 def _entities_of(sequences: Sequence[Tensor], class_names: Sequence[str]) -> set[tuple[int, str, int, int]]:

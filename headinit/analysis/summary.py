@@ -36,7 +36,8 @@ def _lines(record: RunRecord, folder: Path | None) -> list[tuple[str, str]]:
         (
             "start",
             f"loss {_number(start.get('loss'))} (chance {_number(start.get('chance_loss'))}), "
-            f"accuracy {_percent(start.get('accuracy'))}, logit std {_number(start.get('logit_std'))}, "
+            + (f"accuracy {_percent(start['accuracy'])}, " if start.get("accuracy") is not None else "")
+            + f"{'output' if record.task == 'regression' else 'logit'} std {_number(start.get('logit_std'))}, "
             f"gradient into the features {_number(start.get('feature_gradient'))}",
         ),
         ("end", f"validation: {_metrics(record.val)} (best epoch {record.best_epoch}, {record.steps} steps)"),
@@ -67,8 +68,21 @@ def _lines(record: RunRecord, folder: Path | None) -> list[tuple[str, str]]:
 
 
 def _metrics(values) -> str:
-    names = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC", "nll": "NLL", "ece": "ECE"}
-    shares = ("accuracy", "macro_f1")
+    names = {
+        "accuracy": "accuracy",
+        "entity_f1": "entity F1",
+        "micro_f1": "micro-F1",
+        "macro_f1": "macro-F1",
+        "map": "mAP",
+        "mcc": "MCC",
+        "nll": "NLL",
+        "ece": "ECE",
+        "mae": "MAE",
+        "r2": "R2",
+        "pearson": "Pearson",
+        "spearman": "Spearman",
+    }
+    shares = ("accuracy", "entity_f1", "micro_f1", "macro_f1", "map")
     shown = {key: values[key] for key in names if key in values} or dict(values)
     return ", ".join(
         f"{names.get(key, key)} {_percent(value) if key in shares else _number(value)}" for key, value in shown.items()

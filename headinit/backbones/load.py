@@ -61,6 +61,9 @@ _HEAD_WORDS = {
 }
 
 
+_TOKEN_ADVICE = "Choose a model for text, such as model=minilm, bert or roberta."
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A pretrained model as its library builds it, and what is needed to feed and to rebuild it.
@@ -107,6 +110,7 @@ class _Request:
     image_size: int | None
     max_length: int | None
     seed: int
+    task: str = "single_label"
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
@@ -124,6 +128,7 @@ def load_backbone(
     image_size: int | None = None,
     max_length: int | None = None,
     seed: int = 0,
+    task: str = "single_label",
 ) -> Backbone:
     """Build a model by name and fill it with pretrained weights.
 
@@ -140,9 +145,12 @@ def load_backbone(
         image_size: another side of the (square) pictures, where the architecture takes it.
         max_length: pieces of text per example.
         seed: of whatever the weights leave open.
+        task: ``"token"`` gives a model with logits for every piece of text (of transformers, for text alone); all other
+            tasks a model with logits for every example.
 
     Raises:
-        ConfigError: unknown name, or an option that does not suit the model.
+        ConfigError: unknown name, a model for pictures where tokens are to be classified, or an option that does not
+            suit the model.
         WeightsError: weights are missing, damaged, or do not fit; or there is no network and none was found.
 
     Example:
@@ -159,7 +167,9 @@ def load_backbone(
         raise ConfigError("weights is empty. Name a file or a folder, or leave it null.")
     _require_positive("image_size", image_size)
     _require_positive("max_length", max_length)
-    request = _Request(weights, pretrained, image_size, max_length, seed)
+    request = _Request(weights, pretrained, image_size, max_length, seed, task)
+    if task == "token" and entry.library != "transformers":
+        raise ConfigError(f"The model {name!r} reads pictures, and tokens are parts of text. {_TOKEN_ADVICE}")
     if entry.library == "torchvision":
         backbone = _load_torchvision(entry, request)
     elif entry.library == "timm":
@@ -200,7 +210,8 @@ def build_library_model(source: Mapping[str, Any], num_classes: int, *, seed: in
         if library == "transformers":
             config = _config_of({**source["config"], "id2label": None, "label2id": None}, source.get("name", "it"))
             config.num_labels = num_classes
-            return _model_class(config, source.get("name", "it"))[0]._from_config(config).eval()
+            task = source.get("task", "single_label")
+            return _model_class(config, source.get("name", "it"), task)[0]._from_config(config).eval()
     raise unknown_name("library", library, ("torchvision", "timm", "transformers"))
 
 
@@ -428,7 +439,7 @@ def _load_transformers(entry: CatalogEntry, request: _Request) -> Backbone:
             f"name the folder itself as the model (model.name={folder})."
         )
     config = _config_of(settings, entry.name)
-    model_class, modality = _model_class(config, entry.name)
+    model_class, modality = _model_class(config, entry.name, request.task)
     with request.seeded(), _quiet_transformers():
         if found is None:
             model, report = model_class._from_config(config), _report(None)
@@ -447,6 +458,7 @@ def _load_transformers(entry: CatalogEntry, request: _Request) -> Backbone:
             "name": entry.library_name,
             "image_size": request.image_size,
             "config": _plain_settings(model.config),
+            **({"task": "token"} if request.task == "token" else {}),
         },
         preprocessing_problem=problem,
     )
@@ -456,6 +468,8 @@ def _load_timm_folder(
     entry: CatalogEntry, request: _Request, found: FoundWeights | None, settings: Mapping[str, Any]
 ) -> Backbone:
     """A repository or folder in timm's own layout: its config.json names a timm architecture."""
+    if request.task == "token":
+        raise ConfigError(f"The model {entry.name!r} reads pictures, and tokens are parts of text. {_TOKEN_ADVICE}")
     published = {**settings, **dict(settings.get("pretrained_cfg") or {})}
     architecture = find_entry(f"timm/{settings['architecture']}").library_name
     timm_entry = CatalogEntry(entry.name, "timm", architecture)
@@ -553,14 +567,17 @@ def _plain_settings(config: Any) -> dict[str, Any]:
     return {key: value for key, value in _without_effects(settings).items() if key != "transformers_version"}
 
 
-def _model_class(config: Any, name: str) -> tuple[Any, str]:
+def _model_class(config: Any, name: str, task: str = "single_label") -> tuple[Any, str]:
     """The classifier that transformers has for a configuration, and what it classifies."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     )
 
     kinds = {"text": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "image": MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING}
+    if task == "token":
+        kinds = {"text": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING}
     declared = tuple(config.architectures or ())
     found: list[tuple[Any, str]] = []
     for modality, mapping in kinds.items():
@@ -568,6 +585,10 @@ def _model_class(config: Any, name: str) -> tuple[Any, str]:
             classes = mapping[type(config)]
             classes = classes if isinstance(classes, tuple) else (classes,)
             found += [(cls, modality) for cls in classes]
+    if not found and task == "token":
+        raise ConfigError(
+            f"transformers has no token classifier for the model type {config.model_type!r} ({name!r}). {_TOKEN_ADVICE}"
+        )
     if not found:
         raise WeightsError(
             f"transformers has neither a sequence nor an image classifier for the model type {config.model_type!r} "

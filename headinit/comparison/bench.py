@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Bench:
         pool: their features; a function, so that nothing is computed where every cell has finished.
         recipe, batch_size: how heads are trained; the rates are the cells' own.
         settings: where the data and the model have names: what an ordinary run needs.
+        view_pools: features of augmented views of the training examples, a pool a view.
         on_features: whether a frozen cell needs no more than the features.
         subsets: splits by (split seed, examples per class), as far as they were asked for.
         leader: the linear head with the best validation metric of those that were trained here.
@@ -48,6 +49,7 @@ class Bench:
     batch_size: int
     settings: Settings | None = None
     on_features: bool = True
+    view_pools: Callable[[], Sequence[FeaturePool]] = tuple
     subsets: dict[tuple[int, int | None], DataSplits] = field(default_factory=dict)
     leader: Leader | None = None
     latest: Setting | None = None
@@ -154,6 +156,7 @@ class Setting:
     validation: FeatureSet
     test: FeatureSet | None
     data: DataSplits
+    views: Sequence[FeatureSet] = ()
     started: dict[str, Scheme] = field(default_factory=dict)
 
     @classmethod
@@ -162,7 +165,8 @@ class Setting:
         data, pool = bench.data_of(split_seed, per_class), bench.pool()
         test = None if data.test is None else pool.features_of(data.test)
         train, validation = pool.features_of(data.train), pool.features_of(data.validation)
-        return cls(bench, split_seed, per_class, train, validation, test, data)
+        views = [view.features_of(data.train) for view in bench.view_pools()]
+        return cls(bench, split_seed, per_class, train, validation, test, data, views)
 
     @property
     def majority(self) -> float | None:

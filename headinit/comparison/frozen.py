@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from headinit.analysis.results import RunRow, plain
 from headinit.comparison.bench import Bench, Leader, Setting, logits_on
 from headinit.comparison.grid import Cell
 from headinit.comparison.store import CellStore
-from headinit.data.loading import TensorBatches
+from headinit.data.loading import Batch, TensorBatches
 from headinit.errors import TrainingError
+from headinit.features.extract import FeatureSet
 from headinit.heads.record import record_of
 from headinit.training.finetune import finetune
 from headinit.training.head_bank import TASKS as BANK_TASKS
@@ -120,7 +121,13 @@ def train_bank(setting: Setting, cells: Sequence[Cell]) -> Trained:
     ]
     bench = setting.bench
     results = train_head_bank(
-        setting.train, setting.validation, entries, bench.recipe, batch_size=bench.batch_size, task=setting.data.task
+        setting.train,
+        setting.validation,
+        entries,
+        bench.recipe,
+        batch_size=bench.batch_size,
+        task=setting.data.task,
+        views=setting.views,
     )
     found: Trained = {}
     for cell, result in zip(cells, results, strict=True):
@@ -145,9 +152,7 @@ def _train_alone(setting: Setting, cell: Cell) -> RunRow:
     head = copy.deepcopy(setting.start(cell))
     start = setting.start_scores(head)
     recipe = dataclasses.replace(bench.recipe, lr=cell.lr, weight_decay=cell.weight_decay, seed=cell.order_seed)
-    batches = TensorBatches(
-        setting.train.features, setting.train.labels, bench.batch_size, shuffle_seed=cell.order_seed
-    )
+    batches = ViewBatches(setting.views or (setting.train,), bench.batch_size, cell.order_seed)
     held_out = TensorBatches(setting.validation.features, setting.validation.labels, bench.batch_size)
     try:
         outcome = finetune(head, batches, held_out, recipe, task=setting.data.task)
@@ -165,6 +170,20 @@ def _train_alone(setting: Setting, cell: Cell) -> RunRow:
         steps=outcome.steps,
         seconds=outcome.seconds,
     )
+
+
+class ViewBatches(TensorBatches):
+    """Batches of features of which every epoch takes another view of the same examples."""
+
+    def __init__(self, views: Sequence[FeatureSet], batch_size: int, shuffle_seed: int) -> None:
+        super().__init__(views[0].features, views[0].labels, batch_size, shuffle_seed=shuffle_seed)
+        self.views = views
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on."""
+        features = self.views[epoch % len(self.views)].features
+        for index in self.order(epoch)[start:]:
+            yield Batch(features[index], self.labels[index], index)
 
 
 def _row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -65,6 +66,7 @@ def compare(
     task: str = "single_label",
     class_names: Sequence[str] | None = None,
     name: str = "data",
+    views: int = 0,
     folder: str | os.PathLike[str] | None = None,
     cache: FeatureCache | str | os.PathLike[str] | None = None,
     margin: float = 0.005,
@@ -91,6 +93,7 @@ def compare(
         test: data that are reported.
         head, head_options, task, class_names: as for `attach_head`.
         name: what to call data that have no name.
+        views: for data by name that are augmented, see `compare_settings`.
         folder: where finished cells are kept, so that a comparison can be interrupted; None keeps nothing.
         cache: folder of features kept between comparisons.
         margin: difference of the metric that does not matter.
@@ -124,7 +127,7 @@ def compare(
         settings = _settings_for(
             _named(model_or_features), _named(data), recipe, batch_size, head, head_options, progress
         )
-        return compare_settings(settings, grid, target, cache=store, margin=margin, progress=progress)
+        return compare_settings(settings, grid, target, cache=store, views=views, margin=margin, progress=progress)
     bench = _bench_in_memory(
         model_or_features, data, validation, test, grid, recipe, batch_size, head, head_options, task, class_names,
         name, store, progress,
@@ -139,6 +142,7 @@ def compare_settings(
     folder: Path | None = None,
     *,
     cache: FeatureCache | None = None,
+    views: int = 0,
     margin: float = 0.005,
     progress: bool = False,
     console: Console | None = None,
@@ -150,6 +154,8 @@ def compare_settings(
         grid: in what they differ.
         folder: where finished cells and the ordinary runs are kept; a comparison that finds its cells there goes on.
         cache: where features are kept between comparisons.
+        views: with data that are augmented: train frozen heads on the features of this many augmented views, a view an
+            epoch in turn. 0 makes every cell on augmented data a run of its own, with other pictures in every epoch.
         margin: difference of the metric that does not matter.
         progress: show a bar while features are extracted and a table while heads are trained.
         console: where to; None is the terminal.
@@ -158,7 +164,7 @@ def compare_settings(
         HeadInitError: the input or the settings are wrong; nothing has been written.
     """
     cells = grid.cells()
-    bench = _bench_of(settings, grid, cache, progress)
+    bench = _bench_of(settings, grid, cache, progress, views)
     configuration = {"settings": as_mapping(settings), "grid": plain(grid)}
     return _compare(bench, cells, folder, margin, configuration, progress, console)
 
@@ -185,7 +191,8 @@ def _compare(
         with _live_table(len(on_features), bench.recipe.monitor, progress and bool(on_features), console) as listener:
             finished = [store.rows[key] for key in keys if key in store.rows]
             if len(finished) < len(on_features):
-                bench.pool()  # its progress bar comes before the table
+                bench.pool()  # progress bars come before the table
+                bench.view_pools()
             listener(finished)
             train_frozen_cells(bench, on_features, store, listener)
         rows += [store.rows[key] for key in keys]
@@ -216,10 +223,14 @@ def _live_table(expected: int, metric: str, shown: bool, console: Console | None
         yield show
 
 
-def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progress: bool) -> Bench:
+def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progress: bool, views: int) -> Bench:
     """Data, model and features by their names."""
     first = grid.cells()[0]
+    augmentation = settings.data.get("augmentation", "none")
+    if views and augmentation == "none":
+        raise ConfigError(f"views={views} needs pictures that are augmented: set data.augmentation=basic, or views=0.")
     base = cell_settings(settings, dataclasses.replace(first, per_class=None, freeze={"policy": "all"}))
+    plain_data = {**base.data, "augmentation": "none"} if views else base.data
     splits: dict[int, DataSplits] = {}
 
     def splits_of(seed: int) -> DataSplits:
@@ -233,28 +244,41 @@ def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progre
     model = attach_new_head(base, data, backbone)
     apply_freeze(model, base)
     preprocessing = backbone.require_preprocessing()
-    pools: list[FeaturePool] = []
 
-    def extract(split: Split) -> Tensor:
+    def extract(split: Split, augmentation: str = "none", view: int = 0) -> Tensor:
         batches = Batches(
             split,
             preprocessing,
             base.trainer.batch_size,
             bucket=data.modality == "text",
             workers=base.trainer.workers,
+            augmentation=augmentation,
         )
-        return extract_features(model, batches, cache=cache, progress=progress).features
+        return extract_features(model, batches, epoch=view, cache=cache, progress=progress).features
 
+    @functools.cache
     def pool() -> FeaturePool:
-        if not pools:
-            pools.append(FeaturePool(_needed(bench, grid), extract, data.num_classes))
-        return pools[0]
+        return FeaturePool(_needed(bench, grid), extract, data.num_classes)
+
+    @functools.cache
+    def view_pools() -> list[FeaturePool]:
+        parts = [
+            bench.data_of(seed, count).train for seed, count in itertools.product(grid.split_seeds, grid.per_class)
+        ]
+        return [
+            FeaturePool(parts, functools.partial(extract, augmentation=augmentation, view=view), data.num_classes)
+            for view in range(views)
+        ]
 
     site = record_of(model).sites[0]
     facts = [weights_digest(model, site), describe_setting(preprocessing), site.path, site.in_features]
+    facts += [augmentation, views] if views else []
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     bench = Bench(model, identity, splits_of, pool, recipe_of(base), base.trainer.batch_size, base)
-    bench.on_features = trains_on_features(model, base) and data.task in (*BANK_TASKS,)
+    bench.view_pools = view_pools
+    bench.on_features = (
+        trains_on_features(model, dataclasses.replace(base, data=plain_data)) and data.task in BANK_TASKS
+    )
     return bench
 
 

@@ -11,6 +11,7 @@ from headinit.data.folders import load_imagefolder
 from headinit.data.hub import load_hub
 from headinit.data.splits import DataSplits, check_splits, with_subset
 from headinit.data.tables import load_table
+from headinit.data.tokens import load_tokens
 from headinit.data.torchvision_sets import load_torchvision
 from headinit.errors import DataError, unknown_name
 
@@ -19,6 +20,7 @@ LOADERS: dict[str, Callable[..., DataSplits]] = {
     "pydocs": load_pydocs,
     "imagefolder": load_imagefolder,
     "csv": load_table,
+    "conll": load_tokens,
     "hub": load_hub,
     "torchvision": load_torchvision,
 }
@@ -36,7 +38,7 @@ def load_data(
     """The splits of a data set, checked.
 
     Args:
-        name: digits, pydocs, imagefolder, csv (all tables), hub or torchvision.
+        name: digits, pydocs, imagefolder, csv (all tables), conll (labelled words), hub or torchvision.
         seed: of the splits and subsets (not of training).
         validation: share (float) or number (int) of training examples that select, where the data bring no such split;
             stratified by class.

@@ -16,7 +16,7 @@ from torch import Tensor
 from headinit.data.augmentation import AUGMENTATIONS
 from headinit.data.images import ImagePreprocessing
 from headinit.data.splits import Split
-from headinit.data.text import EncodedTexts, TextPreprocessing
+from headinit.data.text import IGNORED_LABEL, EncodedTexts, TextPreprocessing
 from headinit.errors import DataError, unknown_name
 from headinit.seeding import derived_seed, generator_for
 
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: pictures `(B, 3, H, W)` float32; or the tensors `(B, L)` int64 of tokenised text by name.
-        labels: `(B,)` int64, or `(B, K)` float32.
+        labels: `(B,)` int64; `(B, K)` float32; of words `(B, L)` int64, a label for each token, -100 for none.
         index: `(B,)` int64: which examples of the split they are.
     """
 
@@ -100,7 +100,7 @@ class Batches:
         chosen = self.order(epoch)[start:]
         if isinstance(self.preprocessing, TextPreprocessing):
             for index in chosen:
-                yield Batch(self.preprocessing.pad(self._encoded, index), self.split.labels[index], index)
+                yield Batch(self.preprocessing.pad(self._encoded, index), self._labels(index), index)
             return
         for index, pixels in self._decoded(chosen, epoch):
             yield Batch(self.preprocessing.normalise(pixels), self.split.labels[index], index)
@@ -112,10 +112,23 @@ class Batches:
             return _bucketed(self._encoded.lengths, self.batch_size, self.shuffle_seed, epoch, self.drop_last)
         return _cut(_permutation(total, self.shuffle_seed, epoch), self.batch_size, self.drop_last)
 
+    def labelled_tokens(self) -> Tensor:
+        """How many tokens of each example have a label, for examples that are words: `(N,)` int64."""
+        return torch.cat([(self._labels(torch.tensor([i])) != IGNORED_LABEL).sum(1) for i in range(len(self.split))])
+
+    def _labels(self, index: Tensor) -> Tensor:
+        if self._encoded.words is None:
+            return self.split.labels[index]
+        assert isinstance(self.preprocessing, TextPreprocessing)
+        return self.preprocessing.align(self._encoded, self.split.labels, index)
+
     @cached_property
     def _encoded(self) -> EncodedTexts:
         assert isinstance(self.preprocessing, TextPreprocessing)
-        return self.preprocessing.encode(self.split.items)
+        encoded = self.preprocessing.encode(self.split.items)
+        if encoded.words is not None:
+            _report_cut(encoded.words, self.split.items, self.preprocessing.max_length)
+        return encoded
 
     def _decoded(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self.workers == 0:
@@ -234,6 +247,76 @@ class TensorBatches:
     def order(self, epoch: int) -> list[Tensor]:
         """Which examples make up each batch of an epoch: `(B,)` int64 each."""
         return _cut(_permutation(len(self.labels), self.shuffle_seed, epoch), self.batch_size, self.drop_last)
+
+
+class TokenBatches(TensorBatches):
+    """The features of labelled tokens in memory, sentence by sentence, by the same protocol.
+
+    Args:
+        features: `(R, d)`, a row for each labelled token, in the order of the sentences.
+        labels: `(R,)` int64.
+        lengths: `(N,)` how many rows belong to each sentence.
+        batch_size, shuffle_seed, drop_last: of sentences, as in `TensorBatches`.
+
+    Raises:
+        DataError: the lengths do not add up to the rows.
+
+    Example:
+        >>> batches = TokenBatches(torch.eye(3), torch.tensor([5, 6, 7]), torch.tensor([1, 2]), batch_size=2)
+        >>> [batch.labels.tolist() for batch in batches]
+        [[[5, -100], [6, 7]]]
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        lengths: Tensor,
+        batch_size: int,
+        *,
+        shuffle_seed: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        super().__init__(features, labels, batch_size, shuffle_seed=shuffle_seed, drop_last=drop_last)
+        if int(lengths.sum()) != len(labels):
+            raise DataError(f"The sentences have {int(lengths.sum())} labelled tokens, and there are {len(labels)}.")
+        self.lengths = lengths
+        self._parts, self._labels = features.split(lengths.tolist()), labels.split(lengths.tolist())
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return _batch_count(len(self.lengths), self.batch_size, self.drop_last)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on: features `(B, T, d)`, labels `(B, T)` with -100 for none."""
+        for index in self.order(epoch)[start:]:
+            chosen = index.tolist()
+            yield Batch(
+                torch.nn.utils.rnn.pad_sequence([self._parts[i] for i in chosen], batch_first=True),
+                torch.nn.utils.rnn.pad_sequence(
+                    [self._labels[i] for i in chosen], batch_first=True, padding_value=IGNORED_LABEL
+                ),
+                index,
+            )
+
+    def order(self, epoch: int) -> list[Tensor]:
+        """Which sentences make up each batch of an epoch: `(B,)` int64 each."""
+        return _cut(_permutation(len(self.lengths), self.shuffle_seed, epoch), self.batch_size, self.drop_last)
+
+
+def _report_cut(words: Sequence[Sequence[int | None]], items: Sequence[Any], max_length: int) -> None:
+    """Words without a token are neither learnt nor scored: say how many."""
+    lost = sum(
+        len(item) - len({word for word in own if word is not None}) for own, item in zip(words, items, strict=True)
+    )
+    if lost:
+        logger.warning(
+            "%d of %d words have no token (sentences are cut at %d tokens) and are neither learnt nor scored: raise "
+            "model.max_length.",
+            lost,
+            sum(map(len, items)),
+            max_length,
+        )
 
 
 def _permutation(total: int, shuffle_seed: int | None, epoch: int) -> Tensor:

@@ -57,8 +57,9 @@ class Split:
 
     Attributes:
         items: N raw examples: for pictures a `Path`, a `PIL.Image` or a uint8 array `(H, W)` or `(H, W, 3)`; for text a
-            `str` or a pair `(str, str)`.
-        labels: `(N,)` int64 class numbers (or float targets for regression).
+            `str`, a pair `(str, str)`, or the `Words` of a sentence.
+        labels: `(N,)` int64 class numbers; `(N, K)` float32 targets (multi-label, regression); for tokens `(N, W)`
+            int64, a class for each word, -100 behind the last word of a sentence.
         names: what to call example i in a message: its path, or "file.tsv line 12".
         fingerprint: SHA-256 over the content of the examples and their labels.
     """

@@ -143,7 +143,7 @@ def load_table(
     if format not in FORMATS:
         raise unknown_name("table format", format, FORMATS, DataError)
     given = {"train": train_file, "validation": validation_file, "test": test_file}
-    files = _find_files(Path(root).expanduser() if root is not None else None, given)
+    files = find_files(root, given)
 
     def read(path: Path) -> Table:
         return read_table(path, format, encoding, separator, column_names, line_pattern)
@@ -153,7 +153,7 @@ def load_table(
     if "test" in tables and test_file is None and not _has_labels(tables["test"], columns):
         logger.info("%s has no labels: left out.", files["test"])
         del tables["test"]
-    name = _name_of(root, files["train"])
+    name = name_of(root, files["train"])
     return splits_of_tables(tables, columns, task, label_separator, name, validation, seed)
 
 
@@ -304,14 +304,25 @@ def _fingerprint(items: Sequence[Any], labels: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _name_of(root: str | Path | None, train: Path) -> str:
+def name_of(root: str | Path | None, train: Path) -> str:
+    """What to call the data: the folder, or the training file."""
     if root is not None and Path(root).expanduser().is_dir():
         return Path(root).expanduser().resolve().name
     return train.stem
 
 
-def _find_files(root: Path | None, given: dict[str, str | Path | None]) -> dict[str, Path]:
-    """The file of each split that there is."""
+def find_files(
+    folder: str | Path | None,
+    given: dict[str, str | Path | None],
+    suffixes: Iterable[str] = tuple(SUFFIXES),
+    data: str = "csv",
+) -> dict[str, Path]:
+    """The file of each split that there is: those that are given, and those of the usual names in the folder.
+
+    Raises:
+        DataError: a file is not there, there is none to train on, or there are several.
+    """
+    root = Path(folder).expanduser() if folder is not None else None
     if root is not None and root.is_file() and given["train"] is None:
         root, given = root.parent, {**given, "train": root.name}
     if root is not None and not root.is_dir():
@@ -327,9 +338,9 @@ def _find_files(root: Path | None, given: dict[str, str | Path | None]) -> dict[
     if "train" in files:
         return files
     if root is None:
-        raise DataError("data=csv needs data.root=FOLDER (with a train file in it) or data.train_file=FILE.")
+        raise DataError(f"data={data} needs data.root=FOLDER (with a train file in it) or data.train_file=FILE.")
     for part, stems in SPLIT_STEMS.items():
-        found = sorted(p for p in root.iterdir() if p.stem.lower() in stems and p.suffix.lower() in SUFFIXES)
+        found = sorted(p for p in root.iterdir() if p.stem.lower() in stems and p.suffix.lower() in suffixes)
         if len(found) > 1 and part not in files:
             raise DataError(
                 f"{root} has several {part} files ({', '.join(p.name for p in found)}): "
@@ -340,7 +351,7 @@ def _find_files(root: Path | None, given: dict[str, str | Path | None]) -> dict[
     if "train" not in files:
         held = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
         raise DataError(
-            f"{root} has no train file (train.tsv, train.csv, ...): set data.train_file=FILE. It holds {held}."
+            f"{root} has no train file (train{next(iter(suffixes))}, ...): set data.train_file=FILE. It holds {held}."
         )
     return files
 
@@ -359,12 +370,12 @@ def read_table(
         DataError: the file cannot be read as what it should be; file and line are named.
     """
     if line_pattern is not None:
-        return _read_lines(path, _read_text(path, encoding), line_pattern)
+        return _read_lines(path, read_text(path, encoding), line_pattern)
     if format == "auto":
         format = SUFFIXES.get(path.suffix.lower(), "")
     if format == "parquet":
         return _read_parquet(path)
-    text = _read_text(path, encoding)
+    text = read_text(path, encoding)
     if not format:
         # Other suffixes (.txt) may hold anything; a tab in the first line says what.
         if "\t" not in text.split("\n", 1)[0]:
@@ -375,7 +386,12 @@ def read_table(
     return _read_separated(path, text, format, separator, column_names)
 
 
-def _read_text(path: Path, encoding: str) -> str:
+def read_text(path: Path, encoding: str) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it cannot be read, or is of another encoding; the line is named.
+    """
     try:
         content = path.read_bytes()
         return content.decode(encoding)
@@ -391,7 +407,7 @@ def _read_text(path: Path, encoding: str) -> str:
         ) from error
 
 
-def _numbered_lines(text: str) -> list[tuple[int, str]]:
+def numbered_lines(text: str) -> list[tuple[int, str]]:
     """Lines that are not blank. Not `splitlines`, which also parts at characters that texts may hold."""
     lines = (line.removesuffix("\r") for line in text.split("\n"))
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -405,7 +421,7 @@ def _read_lines(path: Path, text: str, line_pattern: str) -> Table:
     columns = tuple(pattern.groupindex)
     if not {"text", "label"} <= set(columns):
         raise DataError(f"data.line_pattern={line_pattern} needs the groups (?P<text>...) and (?P<label>...).")
-    numbered = _numbered_lines(text)
+    numbered = numbered_lines(text)
     matches = [pattern.fullmatch(line) for _, line in numbered]
     wrong = [f"line {number}" for (number, _), match in zip(numbered, matches, strict=True) if match is None]
     if wrong:
@@ -421,7 +437,7 @@ def _read_separated(
 ) -> Table:
     if format == "tsv":
         # As GLUE writes it: a quotation mark is a character like any other.
-        numbered = [(number, line.split(separator or "\t")) for number, line in _numbered_lines(text)]
+        numbered = [(number, line.split(separator or "\t")) for number, line in numbered_lines(text)]
     else:
         numbered = _quoted_rows(path, text, separator or ",")
     if column_names is None:
@@ -461,7 +477,7 @@ def _read_json(path: Path, text: str) -> Table:
         if text.lstrip().startswith("["):
             objects = list(enumerate(json.loads(text), 1))
         else:
-            for number, line in _numbered_lines(text):
+            for number, line in numbered_lines(text):
                 objects.append((number, json.loads(line)))
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {number + error.lineno - 1} is not JSON: {error.msg}.") from error

@@ -12,6 +12,20 @@ from torch import Tensor
 
 from headinit.errors import DataError
 
+IGNORED_LABEL = -100
+"""Label of a piece that is not learnt: special tokens, padding, the rest of a word."""
+
+
+class Words(tuple[str, ...]):
+    """The words of a sentence, parted beforehand, each of which may have a label.
+
+    Example:
+        >>> Words(["EU", "rejects"])
+        ('EU', 'rejects')
+    """
+
+    __slots__ = ()
+
 
 @dataclass(frozen=True)
 class EncodedTexts:
@@ -20,10 +34,12 @@ class EncodedTexts:
     Attributes:
         columns: for each model input ("input_ids", "attention_mask", ...) N lists of integers.
         lengths: `(N,)` int64 numbers of tokens.
+        words: of examples that came as `Words`: for each token the number of its word, None for special tokens.
     """
 
     columns: dict[str, list[list[int]]]
     lengths: Tensor
+    words: list[list[int | None]] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -33,8 +49,8 @@ class EncodedTexts:
 class TextPreprocessing:
     """How a backbone wants its text: its own tokenizer, cut to `max_length` tokens (of a pair the longer text first).
 
-    Called with a list of texts, or of pairs of texts, it gives padded tensors `(B, L)` int64. The tokenizer's own
-    settings are as before after each call.
+    Called with a list of texts, of pairs of texts, or of `Words`, it gives padded tensors `(B, L)` int64. The
+    tokenizer's own settings are as before after each call.
 
     Attributes:
         tokenizer: a transformers tokenizer (fast ones tokenise a whole data set in parallel).
@@ -68,15 +84,18 @@ class TextPreprocessing:
             )
 
     def __call__(self, items: Sequence[Any]) -> dict[str, Tensor]:
-        """Texts or pairs as padded tensors, `(B, L)` int64 each."""
+        """Texts, pairs or sentences in words as padded tensors, `(B, L)` int64 each."""
         return self.pad(self.encode(items))
 
     def encode(self, items: Sequence[Any]) -> EncodedTexts:
         """Tokenise all examples at once.
 
         Raises:
-            DataError: an item is neither a text nor a pair of texts, or texts and pairs are mixed.
+            DataError: an item is neither a text nor a pair of texts, or texts and pairs are mixed; or the items are
+                words and the tokenizer cannot tell which token belongs to which.
         """
+        if len(items) and all(isinstance(item, Words) for item in items):
+            return self._encode_words(items)
         first, second = _columns_of(items)
         with _settings_kept(self.tokenizer):
             encoded = self.tokenizer(
@@ -87,8 +106,53 @@ class TextPreprocessing:
                 padding=False,
                 return_attention_mask=True,
             )
-        columns = {name: encoded[name] for name in encoded}
-        return EncodedTexts(columns, torch.tensor([len(ids) for ids in columns["input_ids"]], dtype=torch.int64))
+        return _encoded(encoded)
+
+    def _encode_words(self, sentences: Sequence[Words]) -> EncodedTexts:
+        """Tokenise sentences whose words are parted already, and keep which token belongs to which word."""
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise DataError(
+                f"{type(self.tokenizer).__name__} does not say which token belongs to which word, so words cannot be "
+                "labelled with it. Use a model with a fast tokenizer (a folder with tokenizer.json)."
+            )
+        # Byte-level and sentence-piece vocabularies know a word in the middle of a text by the space before it; the
+        # others drop that space.
+        spaced = [[*sentence[:1], *(f" {word}" for word in sentence[1:])] for sentence in sentences]
+        with _settings_kept(self.tokenizer):
+            encoded = self.tokenizer(
+                spaced,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=self.max_length,
+                padding=False,
+                return_attention_mask=True,
+            )
+        return _encoded(encoded, [encoded.word_ids(i) for i in range(len(sentences))])
+
+    def align(self, encoded: EncodedTexts, labels: Tensor, indices: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Labels of words as labels of tokens, padded as `pad` pads: the first token of a word has the word's label.
+
+        Args:
+            encoded: what `encode` gave for examples that are `Words`.
+            labels: `(N, W)` int64 labels of the words, -100 behind the last word.
+            indices: the chosen examples, all by default.
+
+        Returns:
+            `(B, L)` int64; -100 for special tokens, padding and the further tokens of a word. A word that was cut off
+            has no token and so no label.
+        """
+        assert encoded.words is not None
+        chosen = range(len(encoded)) if indices is None else torch.as_tensor(indices).tolist()
+        longest = int(encoded.lengths[list(chosen)].max())
+        left = self.tokenizer.padding_side == "left"
+        aligned = torch.full((len(chosen), longest), IGNORED_LABEL, dtype=torch.int64)
+        for row, i in enumerate(chosen):
+            words = encoded.words[i]
+            start = longest - len(words) if left else 0
+            positions = first_tokens(words)
+            numbers = torch.tensor([words[position] for position in positions], dtype=torch.int64)
+            aligned[row, torch.tensor(positions, dtype=torch.int64) + start] = labels[i, numbers]
+        return aligned
 
     def lengths(self, items: Sequence[Any]) -> Tensor:
         """`(N,)` int64 numbers of tokens after truncation."""
@@ -128,6 +192,23 @@ class TextPreprocessing:
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold of it; the tokenizer is saved by its own library."""
         return {"max_length": self.max_length}
+
+
+def first_tokens(words: Sequence[int | None]) -> list[int]:
+    """Positions at which a word begins, given each token's word.
+
+    Example:
+        >>> first_tokens([None, 0, 1, 1, 2, None])
+        [1, 2, 4]
+    """
+    earlier = [None, *words[:-1]]
+    return [i for i, (word, before) in enumerate(zip(words, earlier, strict=True)) if word not in (None, before)]
+
+
+def _encoded(encoded: Any, words: list[list[int | None]] | None = None) -> EncodedTexts:
+    columns = {name: encoded[name] for name in encoded}
+    lengths = torch.tensor([len(ids) for ids in columns["input_ids"]], dtype=torch.int64)
+    return EncodedTexts(columns, lengths, words)
 
 
 def _columns_of(items: Sequence[Any]) -> tuple[list[str], list[str] | None]:

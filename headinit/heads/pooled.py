@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,16 +38,39 @@ class HeadedBackbone(nn.Module):
         """Number of logits K."""
         return int(self.head.out_features)  # type: ignore[arg-type]
 
-    def forward(self, *args: Tensor, labels: Tensor | None = None, **inputs: Any) -> Any:
-        """Logits `(B, K)`; of a transformers backbone a `SequenceClassifierOutput`, with `loss` if given `labels`."""
+    # transformers' Trainer divides the loss by the accumulation steps only for models that do not do so themselves.
+    accepts_loss_kwargs = False
+
+    def forward(
+        self,
+        *args: Tensor,
+        labels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Logits `(B, K)`; of a transformers backbone a `SequenceClassifierOutput`, with `loss` if given `labels`.
+
+        The usual inputs are named because transformers' `Trainer` drops every column that the signature does not name.
+        """
+        named = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "pixel_values": pixel_values,
+        }
+        inputs |= {name: value for name, value in named.items() if value is not None}
         if self.library != "transformers":
             features = body_features(self.backbone, *args, **inputs)
             return self.head(pool_tokens(features, self.pooling)) if self.pooling != "none" else self.head(features)
         from transformers.modeling_outputs import SequenceClassifierOutput
 
         inputs.pop("return_dict", None)
+        inputs |= dict(zip(inspect.signature(self.backbone.forward).parameters, args, strict=False))
         mask = inputs.get("attention_mask")
-        output = self.backbone(*args, **inputs, return_dict=True)
+        output = self.backbone(**inputs, return_dict=True)
         logits = self._logits(output, mask)
         loss = None if labels is None else self._loss(logits, labels)
         return SequenceClassifierOutput(
@@ -98,7 +122,7 @@ def pool_tokens(features: Tensor, pooling: str, mask: Tensor | None = None) -> T
         index = positions.masked_fill(~real, 0).amax(1)
     else:
         raise unknown_name("pooling", pooling, ("native", *POOLINGS), HeadError)
-    return tokens[torch.arange(len(tokens), device=tokens.device), index]
+    return tokens[torch.arange(tokens.shape[0], device=tokens.device), index]
 
 
 def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:

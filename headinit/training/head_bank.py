@@ -95,6 +95,7 @@ def train_head_bank(
     *,
     batch_size: int = 64,
     task: str = "single_label",
+    views: Sequence[FeatureSet] = (),
     memory: int = MEMORY,
 ) -> list[BankResult]:
     """Train linear heads on features in memory, each as if it were trained alone.
@@ -110,6 +111,8 @@ def train_head_bank(
         recipe: what they share. Its `lr`, `weight_decay`, `precision` and `seed` are not read.
         batch_size: examples per batch.
         task: ``"single_label"``, ``"multi_label"`` or ``"regression"``.
+        views: features of augmented views of the training examples: epoch e trains on view (e - 1) mod k, in the place
+            of `train`.
         memory: bytes that the heads trained at the same time may take; more heads are trained one bank after another.
 
     Returns:
@@ -126,11 +129,11 @@ def train_head_bank(
         >>> [r.history[-1]["accuracy"] for r in train_head_bank(data, data, heads, Recipe(epochs=5))]
         [0.5, 1.0]
     """
-    _check(train, validation, entries, task)
-    examples = _Examples.of(train, task)
+    _check(train, validation, entries, task, views)
+    examples = [_Examples.of(view, task) for view in views or (train,)]
     held_out = _Examples.of(validation, task)
     results: list[BankResult | None] = [None] * len(entries)
-    for chosen in split_bank(entries, memory, recipe, examples.features.dtype):
+    for chosen in split_bank(entries, memory, recipe, examples[0].features.dtype):
         bank = _Bank(examples, held_out, [entries[i] for i in chosen], recipe, batch_size, task)
         for i, result in zip(chosen, bank.run(), strict=True):
             results[i] = result
@@ -217,18 +220,18 @@ class _Bank:
 
     def __init__(
         self,
-        train: _Examples,
+        views: Sequence[_Examples],
         validation: _Examples,
         entries: Sequence[BankEntry],
         recipe: Recipe,
         batch_size: int,
         task: str,
     ) -> None:
-        self.train, self.validation, self.recipe, self.task = train, validation, recipe, task
+        self.views, self.validation, self.recipe, self.task = views, validation, recipe, task
         self.heads = [_Progress(entry, position) for position, entry in enumerate(entries)]
         self.batch_size = batch_size
-        self.stacks = [_Stack(part, recipe, task, train.features.dtype) for part in _parts(self.heads)]
-        self.steps_per_epoch = math.ceil(math.ceil(len(train.labels) / batch_size) / recipe.accumulation)
+        self.stacks = [_Stack(part, recipe, task, views[0].features.dtype) for part in _parts(self.heads)]
+        self.steps_per_epoch = math.ceil(math.ceil(len(views[0].labels) / batch_size) / recipe.accumulation)
         self.total_steps = recipe.epochs * self.steps_per_epoch
 
     def run(self) -> list[BankResult]:
@@ -250,14 +253,15 @@ class _Bank:
     @torch.no_grad()
     def _train(self, stack: _Stack) -> None:
         seed = stack.heads[0].entry.order_seed
-        order = TensorBatches(self.train.features, self.train.labels, self.batch_size, shuffle_seed=seed)
+        order = TensorBatches(self.views[0].features, self.views[0].labels, self.batch_size, shuffle_seed=seed)
         self._evaluate(stack, 0)
         for epoch in range(1, self.recipe.epochs + 1):
             if not stack.heads:
                 break
+            view = self.views[(epoch - 1) % len(self.views)]
             for index in self._steps(order, epoch):
                 # index_select gathers whole rows, three times as fast as indexing.
-                batch = self.train.features.index_select(0, index), self.train.labels.index_select(0, index)
+                batch = view.features.index_select(0, index), view.labels.index_select(0, index)
                 stack.step(*batch, self._factor(stack.steps))
             if epoch % self.recipe.evaluate_every == 0 or epoch == self.recipe.epochs:
                 self._evaluate(stack, epoch)
@@ -591,18 +595,22 @@ def _result(head: _Progress, seconds: float) -> BankResult:
     )
 
 
-def _check(train: FeatureSet, validation: FeatureSet, entries: Sequence[BankEntry], task: str) -> None:
+def _check(
+    train: FeatureSet, validation: FeatureSet, entries: Sequence[BankEntry], task: str, views: Sequence[FeatureSet]
+) -> None:
     if task not in TASKS:
         raise unknown_name("task of a head bank", task, TASKS)
     width = train.features.shape[1]
-    for what, data in (("training", train), ("validation", validation)):
+    if any(not torch.equal(view.labels, train.labels) for view in views):
+        raise DataError("Every view must hold the training examples, in their order: the labels differ.")
+    for what, data in (("training", train), ("validation", validation), *(("view", view) for view in views)):
         if len(data) == 0 or data.features.ndim != 2 or data.features.shape[1] != width:
             raise DataError(
-                f"A head bank needs features (N, d): the {what} features have shape {tuple(data.features.shape)}, the "
+                f"A head bank needs features (N, d): {what} features have shape {tuple(data.features.shape)}, the "
                 f"training features {tuple(train.features.shape)}."
             )
         if not bool(data.features.isfinite().all()):
-            raise DataError(f"The {what} features hold NaN or infinity. Look at the data and at the weights.")
+            raise DataError(f"{what.capitalize()} features hold NaN or infinity. Look at the data and at the weights.")
     shapes = {tuple(entry.weight.shape) for entry in entries}
     biased = {entry.bias is not None for entry in entries}
     wanted = (train.num_classes, width)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from headinit.data.text import IGNORED_LABEL
 from headinit.errors import DataError, unknown_name
 from headinit.heads.record import logits_of
 
 TASKS = ("single_label", "multi_label", "regression", "token")
-IGNORED_LABEL = -100
 
 
 def training_outputs(output: Any) -> tuple[Tensor, ...]:

@@ -89,7 +89,6 @@ def test_trainer_on_pooled_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "transformers `Trainer`",
         monkeypatch,
         tmp_path,
-        replaced=('report_to="none"', 'report_to="none", remove_unused_columns=False'),
         backbone=language().bert,
         train_dataset=text_examples(),
     )
@@ -157,3 +156,32 @@ def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip(name, reason="needs the extra: pip install 'headinit[onnx]'")
     run("ONNX", monkeypatch, tmp_path, backbone=convolutional())
     assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+@pytest.mark.parametrize("pooling", ["native", "mean"])
+def test_accumulated_steps_average_as_the_document_says(pooling: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def step(batch_size: int, accumulation: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        backbone = language(hidden_dropout_prob=0.0)
+        model = headinit.freeze(headinit.attach_head(backbone, 3, pooling=pooling, seed=0), "all")
+        if pooling == "native":
+            model.accepts_loss_kwargs = False
+        head = model.get_parameter(record_of(model).new_parameters[0])
+        before = head.detach().clone()
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            save_strategy="no",
+            report_to="none",
+        )
+        optimizer = torch.optim.SGD(headinit.param_groups(model, lr=0.1))
+        Trainer(model=model, args=arguments, train_dataset=text_examples(), optimizers=(optimizer, None)).train()
+        return head.detach() - before
+
+    torch.testing.assert_close(step(3, 4), step(12, 1))

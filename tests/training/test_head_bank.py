@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from headinit.comparison.frozen import ViewBatches
 from headinit.data.loading import TensorBatches
 from headinit.errors import DataError, TrainingError
 from headinit.features.extract import FeatureSet
@@ -194,6 +195,24 @@ def test_a_diverging_head_leaves_the_others_as_they_are():
     for first, second in zip(alone, (results[0], results[2]), strict=True):
         torch.testing.assert_close(first.weight, second.weight, rtol=0, atol=1e-5)
         assert first.history[-1]["accuracy"] == second.history[-1]["accuracy"]
+
+
+def test_views_take_turns_over_the_epochs():
+    views = [make_features(43, 1), replace(make_features(43, 1), features=make_features(43, 7).features)]
+    validation, entries = make_features(29, 2), make_entries(3)
+    results = train_head_bank(views[0], validation, entries, Recipe(epochs=3), batch_size=8, views=views)
+    for entry, result in zip(entries, results, strict=True):
+        head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+        with torch.no_grad():
+            head.weight.copy_(entry.weight)
+            head.bias.copy_(entry.bias)
+        recipe = Recipe(epochs=3, lr=entry.lr, weight_decay=entry.weight_decay, label_smoothing=entry.label_smoothing)
+        batches = ViewBatches(views, 8, entry.order_seed)
+        outcome = finetune(head, batches, TensorBatches(validation.features, validation.labels, 8), recipe, cpu=True)
+        assert result.best_epoch == outcome.best_epoch
+        torch.testing.assert_close(result.weight, head.weight.detach(), rtol=0, atol=2e-11)
+    with pytest.raises(DataError, match="labels differ"):
+        train_head_bank(views[0], validation, entries, Recipe(epochs=1), views=[make_features(43, 8)])
 
 
 def test_heads_that_all_diverge_end_the_bank():
