@@ -45,7 +45,7 @@ from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze, frozen_digest, frozen_summary
 from headinit.training.losses import count_targets, summed_loss
 from headinit.training.recipe import Recipe
-from headinit.training.targets import Standardisation, layer_with_bias
+from headinit.training.targets import Standardisation, predicting_layers
 
 START_EXAMPLES = 512
 """How many training examples the start is judged on where the backbone has to run for it."""
@@ -266,8 +266,7 @@ def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone, 
         bias=True if splits.task == "regression" else None,  # it will hold the mean of the targets
     )
     if splits.task == "regression":
-        for site in record_of(model).sites:
-            layer_with_bias(model, site.path)
+        predicting_layers(model)  # says what does not suit before anything is trained
     return model
 
 
@@ -333,14 +332,15 @@ def _run_on_features(
     model: nn.Module, settings: Settings, loaders: Loaders, task: Task, folder: Path, clock: PhaseClock
 ) -> tuple[dict[str, Any], TrainingOutcome, dict[str, Any]]:
     """The backbone runs once over every split; the head trains on what it saw."""
-    sources = {"train": loaders.train_in_order, "val": loaders.validation, "test": loaders.test}
+    sources = {"train": loaders.train_in_order, "val": loaders.validation}
+    if loaders.test is not None:
+        sources["test"] = loaders.test
     with clock("features"):
         features = {
             name: extract_features(model, batches, cache=feature_cache(settings), progress=settings.trainer.progress)
             for name, batches in sources.items()
-            if batches is not None
         }
-        lengths = {name: sources[name].labelled_tokens() for name in features if task.name == "token"}
+        lengths = {name: sources[name].labelled_tokens() for name in sources if task.name == "token"}
     with clock("head"):
         _start_from_data(model, settings, features["train"])
     head = model.get_submodule(record_of(model).sites[0].path)

@@ -16,6 +16,7 @@ from headinit.analysis.results import read_result
 from headinit.config import Settings, settings_from
 from headinit.errors import ConfigError, HeadInitError
 from headinit.experiment import attach_new_head, head_start, load_model, load_splits, make_loaders, run
+from headinit.features.cache import FeatureCache
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SMALL = (
@@ -125,3 +126,28 @@ def test_head_start_agrees_with_the_closed_form(settings: Callable[..., Settings
     residual = probabilities - torch.nn.functional.one_hot(batch.labels, 3)
     expected = (residual @ model.get_classifier().weight.detach().double()).norm(dim=1)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_frozen_head_is_as_good_as_logistic_regression(tmp_path: Path) -> None:
+    """The defaults, on the bundled network and real digits; C is chosen as the best epoch is: on validation."""
+    from sklearn.linear_model import LogisticRegression
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        chosen = settings_from(compose("finetune", overrides=["trainer.progress=false", f"trainer.cache={tmp_path}"]))
+    record = run(chosen, tmp_path / "run")
+    splits = load_splits(chosen)
+    backbone = load_model(chosen, splits)
+    model = attach_new_head(chosen, splits, backbone)
+    loaders = make_loaders(chosen, splits, backbone)
+    train, validation, test = (
+        headinit.extract_features(model, batches, cache=FeatureCache(tmp_path))
+        for batches in (loaders.train_in_order, loaders.validation, loaders.test)
+    )
+    assert train.from_cache
+    assert validation.from_cache
+    fits = [LogisticRegression(C=c, max_iter=1000).fit(train.features, train.labels) for c in (0.01, 0.1, 1, 10)]
+    best = max(fits, key=lambda fit: fit.score(validation.features, validation.labels))
+    assert record.val["accuracy"] >= best.score(validation.features, validation.labels) - 0.01
+    assert record.test["accuracy"] >= best.score(test.features, test.labels) - 0.01
+    assert record.frozen_digest["before"] == record.frozen_digest["after"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Standardisation:
         """Let a model that learnt standardised targets predict in their own units: W <- std W, b <- std b + mean.
 
         Raises:
-            HeadError: the layer that makes the predictions has no bias to hold the mean.
+            HeadError: as `predicting_layers`; the model is as it was.
 
         Example:
             >>> from headinit.attach import attach_head
@@ -85,20 +86,30 @@ class Standardisation:
             >>> model(torch.ones(1, 2)).item()
             5.0
         """
-        layers = [layer_with_bias(model, site.path) for site in record_of(model).sites]
-        for layer in layers:
+        for layer in predicting_layers(model):
             std, mean = self.std.to(layer.weight.device), self.mean.to(layer.weight.device)
             rows = std.reshape(-1, *[1] * (layer.weight.ndim - 1))
             layer.weight.copy_(layer.weight.double() * rows)
             layer.bias.copy_(layer.bias.double() * std + mean)
 
 
-def layer_with_bias(model: nn.Module, path: str) -> nn.Module:
-    """The layer that makes the predictions of the head at `path`.
+def predicting_layers(model: nn.Module) -> list[Any]:
+    """The layers that make the predictions of a model for regression, those of auxiliary heads too.
 
     Raises:
-        HeadError: it has no bias, or what follows it lets no negative number through.
+        HeadError: one has no bias to hold the mean of the targets, what follows it lets no negative number through, or
+            the model joins the outputs of two heads.
     """
+    sites = record_of(model).sites
+    if any(site.role == "distilled" for site in sites):
+        raise HeadError(
+            f"{type(model).__name__} joins the outputs of two heads, and some models add them, which would count the "
+            "mean of the targets twice. Use another model for regression."
+        )
+    return [_layer_with_bias(model, site.path) for site in sites]
+
+
+def _layer_with_bias(model: nn.Module, path: str) -> Any:
     if relu_follows(model, path):
         raise HeadError(
             f"{type(model).__name__} puts a ReLU behind its head, so it cannot predict negative numbers. Use another "

@@ -94,6 +94,47 @@ def test_warnings_name_exploding_and_saturated_starts() -> None:
     assert "exploding start" in broken["warnings"][0]
 
 
+def test_starts_of_other_tasks_agree_with_scikit_learn() -> None:
+    from sklearn.metrics import log_loss
+
+    outputs, labels = torch.randn(60, 3).double(), (torch.rand(60, 3) > 0.7).double()
+    start = start_diagnostics(outputs, labels, task="multi_label")
+    losses = [log_loss(labels[:, k], torch.sigmoid(outputs[:, k]).numpy()) for k in range(3)]
+    assert start["loss"] == pytest.approx(np.mean(losses), rel=1e-9)
+    assert start["chance_loss"] == math.log(2)
+    shares = labels.mean(0).numpy()
+    entropies = [log_loss(labels[:, k], np.full(60, shares[k])) for k in range(3)]
+    assert start["prior_entropy"] == pytest.approx(np.mean(entropies), rel=1e-9)
+    assert start["majority"] == pytest.approx(np.maximum(shares, 1 - shares).mean())
+    assert start["accuracy"] == pytest.approx(((outputs > 0) == (labels > 0)).double().mean().item())
+
+    targets = torch.randn(60, 2).double() * 7 + 100
+    start = start_diagnostics(outputs[:, :2], targets, task="regression")
+    assert start["loss"] == pytest.approx(((outputs[:, :2] - targets) ** 2).mean().item())
+    assert start["chance_loss"] == pytest.approx(targets.numpy().var(axis=0).mean())
+    assert (start["accuracy"], start["majority"], start["prior_entropy"]) == (None, None, None)
+    assert "times the variance of the targets" in start["warnings"][0]
+
+    logits, tags = torch.randn(4, 5, 3), torch.randint(0, 3, (4, 5))
+    tags[:, 3:] = -100
+    wanted = start_diagnostics(logits[:, :3].flatten(0, 1), tags[:, :3].flatten())
+    assert start_diagnostics(logits, tags, task="token") == wanted
+
+
+@pytest.mark.parametrize("task", ["multi_label", "regression"])
+def test_targets_of_another_shape_are_refused(task: str) -> None:
+    with pytest.raises(DataError, match=r"outputs and targets \(N, K\)"):
+        start_diagnostics(torch.zeros(4, 3), torch.zeros(4, 2), task=task)
+
+
+def test_gradient_of_another_loss() -> None:
+    features, targets = torch.randn(6, 3).double(), torch.randn(6, 1).double()
+    head = nn.Linear(3, 1).double()
+    found = feature_gradient_of(head, features, targets, lambda z, y: (z - y).square().sum())
+    wanted = (2 * (head(features) - targets) * head.weight).norm(dim=1)
+    torch.testing.assert_close(found, wanted.detach())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_reduced_precision_is_summed_in_float64(dtype: torch.dtype) -> None:
     logits, labels = (torch.randn(20000, 3) * 3).to(dtype), torch.randint(0, 3, (20000,))
