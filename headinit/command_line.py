@@ -22,7 +22,7 @@ _DEBUG = "HEADINIT_DEBUG"
 
 
 def mistakes_reported(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """For a Hydra task: report a mistake of the user's here, before Hydra adds lines of its own about the failed job."""
+    """For a Hydra task: report a mistake of the user's here, before Hydra adds lines of its own on the failed job."""
 
     @functools.wraps(task)
     def wrapped(config: DictConfig) -> None:

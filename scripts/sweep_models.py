@@ -18,6 +18,7 @@ import copy
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import time
@@ -290,7 +291,7 @@ def transformers_models() -> Iterator[Candidate]:
     from small_configs import candidates
 
     for group, name, build, inputs, pooling, task in candidates():
-        yield Candidate("transformers", group, name, name, build, inputs, pooling, task)
+        yield Candidate("transformers", group, name, re.split("For[A-Z]|Model", name)[0], build, inputs, pooling, task)
 
 
 LIBRARIES: dict[str, Callable[[], Iterator[Candidate]]] = {
@@ -387,9 +388,9 @@ def _candidates(arguments: argparse.Namespace) -> Iterator[Candidate]:
         for candidate in LIBRARIES[library]():
             if arguments.filter not in candidate.name:
                 continue
-            if arguments.families and (library, candidate.group, candidate.family) in seen:
+            if arguments.families and (library, candidate.family) in seen:
                 continue
-            seen.add((library, candidate.group, candidate.family))
+            seen.add((library, candidate.family))
             yield candidate
 
 

@@ -274,7 +274,9 @@ def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progre
     facts = [weights_digest(model, site), describe_setting(preprocessing), site.path, site.in_features]
     facts += [augmentation, views] if views else []
     identity = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-    bench = Bench(model, identity, splits_of, pool, recipe_of(base), base.trainer.batch_size, base)
+    bench = Bench(
+        model, identity, splits_of, pool, recipe_of(base, data.task, data.class_names), base.trainer.batch_size, base
+    )
     bench.view_pools = view_pools
     bench.on_features = (
         trains_on_features(model, dataclasses.replace(base, data=plain_data)) and data.task in BANK_TASKS
