@@ -209,17 +209,16 @@ def make_loaders(settings: Settings, splits: DataSplits, backbone: Backbone) -> 
     """Batches of each split; only the training batches are shuffled and augmented."""
     trainer = settings.trainer
     augmentation = settings.data.get("augmentation", "none")
-    rereads = settings.freeze.policy != "all"  # the same pictures again in every epoch: decode them once
+    repeats = settings.freeze.policy != "all"  # the network runs over the same pictures in every epoch
 
-    def batches(split: Split, *, augmentation: str = "none", **options: Any) -> Batches:
+    def batches(split: Split, *, keep: bool = False, **options: Any) -> Batches:
         return Batches(
             split,
             backbone.require_preprocessing(),
             trainer.batch_size,
-            augmentation=augmentation,
             bucket=splits.modality == "text",
             workers=trainer.workers,
-            cache_decoded=rereads and augmentation == "none",
+            cache_decoded=keep,
             **options,
         )
 
@@ -228,14 +227,15 @@ def make_loaders(settings: Settings, splits: DataSplits, backbone: Backbone) -> 
             splits.train,
             shuffle_seed=settings.order_seed,
             augmentation=augmentation,
+            keep=repeats and augmentation == "none",
         ),
         train_in_order=batches(splits.train),
-        validation=batches(splits.validation),
+        validation=batches(splits.validation, keep=repeats),
         test=None if splits.test is None else batches(splits.test),
     )
 
 
-def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone, data: Any = None) -> nn.Module:
+def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone) -> nn.Module:
     """The model with its new head in place; a scheme that needs data gets its turn when there are features.
 
     Raises:

@@ -391,7 +391,7 @@ def _transformers_class(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
     """A class of the installed transformers, by name, and its configuration without anything that is fetched or run."""
     import transformers
 
-    from headinit.backbones.load import _config_of
+    from headinit.backbones.load import config_of
 
     name, module = str(architecture.get("class")), str(architecture.get("module"))
     known = bool(re.fullmatch(r"transformers\.models(\.\w+)+", module)) and _is_installed(module)
@@ -401,7 +401,7 @@ def _transformers_class(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
             f"The saved model is of class {name!r}, which transformers {transformers.__version__} does not have. No "
             "code from the folder is run; install the version of transformers that it was made with."
         )
-    config = _config_of(dict(architecture.get("config") or {}), name)
+    config = config_of(dict(architecture.get("config") or {}), name)
     return cls, config
 
 

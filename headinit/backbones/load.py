@@ -208,7 +208,7 @@ def build_library_model(source: Mapping[str, Any], num_classes: int, *, seed: in
         if library == "timm":
             return _build_timm(source["name"], {**options, "num_classes": num_classes})
         if library == "transformers":
-            config = _config_of({**source["config"], "id2label": None, "label2id": None}, source.get("name", "it"))
+            config = config_of({**source["config"], "id2label": None, "label2id": None}, source.get("name", "it"))
             config.num_labels = num_classes
             task = source.get("task", "single_label")
             return _model_class(config, source.get("name", "it"), task)[0]._from_config(config).eval()
@@ -438,7 +438,7 @@ def _load_transformers(entry: CatalogEntry, request: _Request) -> Backbone:
             f"The model {entry.name!r} is a {expected}, but {folder} holds a {settings.get('model_type')}: "
             f"name the folder itself as the model (model.name={folder})."
         )
-    config = _config_of(settings, entry.name)
+    config = config_of(settings, entry.name)
     model_class, modality = _model_class(config, entry.name, request.task)
     with request.seeded(), _quiet_transformers():
         if found is None:
@@ -524,7 +524,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _config_of(settings: Mapping[str, Any], name: str) -> Any:
+def config_of(settings: Mapping[str, Any], name: str) -> Any:
     """A transformers configuration from plain settings: float32, no code, nothing fetched."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -693,7 +693,7 @@ def _transformers_preprocessing(
 
 def _shared_vocabulary_size(entry: CatalogEntry) -> int:
     """The vocabulary of the catalog's own architecture, the only one that a borrowed tokenizer is right for."""
-    return _config_of(entry.config, entry.name).vocab_size
+    return config_of(entry.config, entry.name).vocab_size
 
 
 def _asked(entry: CatalogEntry) -> str:
