@@ -13,11 +13,22 @@ from torch import nn
 from headinit import schemes
 from headinit.errors import HeadError, SchemeError, unknown_name
 from headinit.features.extract import FeatureSet
-from headinit.head_values import HiddenStart, fill_missing, initialise_heads, restore_values
-from headinit.heads.locate import find_head, library_of, parameters_under
+from headinit.head_values import HiddenStart, fill_missing, for_site, initialise_heads, restore_values
+from headinit.heads.locate import find_head, is_layer, library_of, parameters_under
 from headinit.heads.pooled import HeadedBackbone
-from headinit.heads.record import HeadRecord, has_record, record_of, set_record, unwrap
+from headinit.heads.record import (
+    HeadRecord,
+    PretrainedHeads,
+    has_record,
+    keep_pretrained_heads,
+    pretrained_heads,
+    record_of,
+    set_record,
+    unwrap,
+)
+from headinit.heads.top import top_parameters
 from headinit.schemes.fixed import Library
+from headinit.schemes.reinitialise import ReinitTop
 from headinit.schemes.scheme import Scheme
 from headinit.schemes.variance_scaling import suits
 from headinit.surgery import place, protect, replace_record, tell_model, undone_on_error
@@ -61,7 +72,8 @@ def attach_head(
             folder), a loaded `Backbone`, or any `nn.Module`. It is changed in place.
         num_classes: number of logits K (of targets for regression).
         init: name of a scheme (`headinit.schemes.available()`), a mapping with ``"name"``, or a `Scheme`.
-        head: ``"linear"``, ``"mlp"``, ``"cosine"``, ``"attention_pool"``, ``"recurrent"`` or ``"conv"``.
+        head: ``"linear"``, ``"mlp"``, ``"cosine"``, ``"multi_proxy"``, ``"attention_pool"``, ``"recurrent"`` or
+            ``"conv"``.
         data: for schemes that need it: a `FeatureSet`, a pair `(inputs, labels)`, or an iterable of batches.
         seed: seed of the head.
         init_options: options of the scheme, if `init` is a name.
@@ -97,9 +109,12 @@ def attach_head(
         raise HeadError("The model is on the meta device: it has no values to keep. Load its weights first.")
     with undone_on_error() as undo:
         example = _example_of(data) if library_of(start.model) == "torch" else None
+        old_heads = pretrained_classifiers(start, example)
         root, sites, pooling = place(start.model, num_classes, head, options, pooling, bias, undo, example)
         new_modules = [site.path for site in sites]
         missing = _missing_parameters(root, start, new_modules)
+        anew, anew_notes = _started_anew(root, scheme, new_modules)
+        missing = tuple(dict.fromkeys((*missing, *anew)))
         kept = _snapshot(root, new_modules, missing)
         fill_missing(root, missing, num_classes, seed, start.source, undo)
         record = HeadRecord(
@@ -119,11 +134,12 @@ def attach_head(
             kept_tensors=len(kept),
         )
         replace_record(root, record, undo)
+        keep_pretrained_heads(root, old_heads)
         started = initialise_heads(root, record, scheme, hidden, data)
         _check_kept(root, kept)
         tell_model(root, record, undo)
         intended = started.intended | dict.fromkeys(missing)
-        set_record(root, dataclasses.replace(record, intended_std=intended, notes=tuple(started.notes)))
+        set_record(root, dataclasses.replace(record, intended_std=intended, notes=(*anew_notes, *started.notes)))
         protect(root, record)
     if start.preprocessing is not None:
         root.headinit_preprocessing = start.preprocessing  # type: ignore[assignment]
@@ -175,6 +191,12 @@ def init_head(
         new_parameters=parameters_under(root, paths),
         new_modules=tuple(paths),
     )
+    anew, anew_notes = _started_anew(root, scheme, paths)
+    if not set(anew) <= set(record.new_parameters):
+        raise SchemeError(
+            "reinit_top starts a part of the backbone anew, and init_head changes the head alone. Give it to "
+            "attach_head; in a comparison, to all inits at once (init.reinit_top=1)."
+        )
     record = dataclasses.replace(record, init=_description(init, scheme, init_options), seed=seed)
     if hidden_init is None and before is not None:
         hidden_init = before.head_options.get("hidden_init")
@@ -190,7 +212,9 @@ def init_head(
         started = initialise_heads(root, record, scheme, hidden, data)
         _check_kept(root, kept)
         intended = {**record.intended_std, **started.intended}
-        record = dataclasses.replace(record, intended_std=intended, kept_tensors=len(kept), notes=tuple(started.notes))
+        record = dataclasses.replace(
+            record, intended_std=intended, kept_tensors=len(kept), notes=(*anew_notes, *started.notes)
+        )
         set_record(root, record)
         protect(root, record)
     for note in started.notes:
@@ -246,7 +270,7 @@ def _description(init: Any, scheme: Scheme, options: Mapping[str, Any] | None) -
         return {"name": init, **(options or {})}
     if isinstance(init, Mapping):
         return dict(init)
-    return {"name": type(scheme).__name__, **dataclasses.asdict(scheme)}
+    return schemes.description_of(scheme)
 
 
 def _split_head_options(head: str, given: Mapping[str, Any] | None) -> tuple[dict[str, Any], HiddenStart]:
@@ -336,6 +360,60 @@ def _known_of_module(model: nn.Module, pretrained: bool) -> _Start:
             return _Start(model, tuple(n for n, f in filled.items() if not f), source, pretrained, preprocessing)
         return _Start(model, (), source, False, preprocessing)
     return _Start(model, (), source, pretrained, preprocessing)
+
+
+def pretrained_classifiers(model: Any, example: Any = None) -> PretrainedHeads:
+    """Weight and bias of the classifiers that a model was pretrained with, by path: empty if it has none.
+
+    Args:
+        model: a `Backbone`, or a module; of one that has a head of headinit's, what it kept of the heads before that.
+        example: one example, to find the head of a plain module by.
+    """
+    start = model if isinstance(model, _Start) else _resolve(model, None, True, {})
+    if has_record(start.model) or not start.pretrained:
+        return pretrained_heads(start.model)
+    try:
+        sites = find_head(start.model, example)
+    except HeadError:
+        return {}
+    layers: dict[str, Any] = {site.path: start.model.get_submodule(site.path) for site in sites}
+    return {
+        path: (layer.weight.detach(), None if layer.bias is None else layer.bias.detach())
+        for path, layer in layers.items()
+        if is_layer(layer) and f"{path}.weight" not in start.missing
+    }
+
+
+def check_init(model: nn.Module, init: str | Scheme | Mapping[str, Any]) -> None:
+    """Say before any features are computed that a scheme does not suit a model's heads.
+
+    Raises:
+        SchemeError: it does not.
+    """
+    scheme = _scheme_of(init, None)
+    for site in record_of(model).sites:
+        for_site(scheme, unwrap(model), site)
+
+
+def _started_anew(
+    root: nn.Module, scheme: Scheme, new_modules: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the pretrained parameters that `reinit_top` starts anew, and a note that says so; both may be empty."""
+    chain: Any = scheme
+    while chain is not None and not isinstance(chain, ReinitTop):
+        chain = getattr(chain, "scheme", None)
+    if chain is None:
+        return (), ()
+    names = tuple(
+        name
+        for name in top_parameters(root, chain.blocks)
+        if not any(name.startswith(f"{path}.") for path in new_modules)
+    )
+    count = sum(root.get_parameter(name).numel() for name in names)
+    return names, (
+        f"reinit_top={chain.blocks}: {count:,} pretrained values, from {names[0]} to {names[-1]}, start anew by the "
+        "library's own rule. They count as new: they train whatever is frozen, at the learning rate of the head.",
+    )
 
 
 def _missing_parameters(root: nn.Module, start: _Start, new_modules: Sequence[str]) -> tuple[str, ...]:

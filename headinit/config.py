@@ -7,11 +7,15 @@ mapping here and is checked by that registry.
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -19,15 +23,20 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from headinit.errors import ConfigError, unknown_name
 
-AUGMENTATIONS = ("none", "basic", "trivial_augment")
+AUGMENTATIONS = ("none", "crop", "basic", "trivial_augment")
+FREEZE_POLICIES = ("all", "none", "norm", "stages", "patterns", "lp_ft", "gradual")
 
 # These change how fast a run goes or what it shows, not what it computes.
-_NOT_SEMANTIC = ("hydra", "tracker", "trainer.workers", "trainer.progress", "trainer.save_every_steps", "trainer.cache")
+_NOT_SEMANTIC = (
+    *("hydra", "tracker"),
+    *("trainer.workers", "trainer.progress", "trainer.save_every_steps", "trainer.cache", "trainer.drift"),
+    "trainer.prefix_cache_gb",
+)
 
 
 @dataclass
 class FreezeSettings:
-    """Which part of the backbone stays as it was pretrained.
+    """Which part of the backbone stays as it was pretrained, and how long.
 
     `head_lr` and `epochs` are what suits the policy; the files of optim and trainer refer to them.
     """
@@ -36,21 +45,25 @@ class FreezeSettings:
     stages: int | None = None
     patterns: list[str] = field(default_factory=list)
     norm: str | None = None
+    probe_epochs: int = 30
+    probe_lr: float | None = None
+    stage_epochs: int = 1
     head_lr: float = 1e-2
     epochs: int = 30
 
 
 @dataclass
 class OptimSettings:
-    """The optimiser and its learning rates."""
+    """The optimiser and its learning rates; `lr` may be ``"find"``."""
 
     name: str = "adamw"
-    lr: float = 1e-3
+    lr: Any = 1e-3
     backbone_lr: float | None = None
     layer_decay: float | None = None
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    bias_correction: bool = True
     momentum: float = 0.9
     nesterov: bool = True
 
@@ -63,6 +76,7 @@ class ScheduleSettings:
     warmup: float = 0.1
     step_epochs: int = 10
     step_gamma: float = 0.1
+    milestones: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -70,13 +84,24 @@ class TrainerSettings:
     """How long and in what portions to train."""
 
     epochs: int = 10
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+    rule: str | None = None
     batch_size: int = 32
     clip_norm: float | None = 1.0
     accumulation: int = 1
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     patience: int | None = None
+    evaluate_every: int = 1
     monitor: str | None = None
+    select: str = "best"
     precision: str = "fp32"
+    channels_last: bool = True
+    drift: bool = True
+    ema: float | None = None
+    compile: Any = False
+    prefix_cache_gb: float | None = 4.0
     workers: int = 2
     save_every_steps: int | None = None
     progress: bool = True
@@ -90,6 +115,7 @@ class Settings:
     Attributes:
         model, head, init, data: `name` and the options of that catalog, head, scheme or data set.
         freeze, optim, schedule, trainer: see their classes.
+        tracker: `name` and the options of an experiment tracker.
         seed: of the head. order_seed: of example order, augmentation and dropout.
     """
 
@@ -101,6 +127,7 @@ class Settings:
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    tracker: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     seed: int = 0
     order_seed: int = 0
 
@@ -130,6 +157,55 @@ def settings_from(config: DictConfig | Mapping[str, Any]) -> Settings:
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return settings
+
+
+def composed_settings(configurations: str | Path, overrides: Sequence[str]) -> Settings:
+    """The settings that `scripts/finetune.py` would have with these arguments.
+
+    Args:
+        configurations: the folder `conf`.
+        overrides: as on the command line.
+
+    Raises:
+        ConfigError: lists every mistake found.
+        HydraException: an argument that Hydra does not understand, or an unknown name.
+    """
+    return settings_from(composed(configurations, overrides))
+
+
+def composed(configurations: str | Path, overrides: Sequence[str], script: str = "finetune") -> dict[str, Any]:
+    """What the arguments of a script compose to, as a plain mapping.
+
+    Args:
+        configurations: the folder `conf`.
+        overrides: as on the command line.
+        script: whose: ``"finetune"`` or ``"compare"``.
+
+    Raises:
+        HydraException: an argument that Hydra does not understand, or an unknown name.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+
+    folder = Path(configurations).resolve()
+    choices = tuple(item for item in overrides if (folder / item.partition("=")[0]).is_dir())
+    parsed = OverridesParser.create().parse_overrides([item for item in overrides if item not in choices])
+    if all(item.type is OverrideType.CHANGE and not item.is_sweep_override() for item in parsed):
+        # The files are composed once for all that share them: Hydra takes 0.1 s for it.
+        config = copy.deepcopy(_composed_files(folder, script, choices))
+        with suppress(OmegaConfBaseException):  # what is wrong with a value is for Hydra to say
+            for item in parsed:
+                OmegaConf.update(config, item.key_or_group, item.value(), merge=True)
+            return _plain(config, complete=False)
+    return _plain(_composed_files(folder, script, tuple(overrides)), complete=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _composed_files(folder: Path, script: str, overrides: tuple[str, ...]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose(script, list(overrides))
 
 
 def run_id(config: DictConfig | Mapping[str, Any]) -> str:
@@ -187,14 +263,21 @@ def _mistakes(settings: Settings):
         yield str(unknown_name("data.augmentation", augmentation, AUGMENTATIONS))
     elif augmentation != "none" and settings.data.get("modality") == "text":
         yield f"data.augmentation={augmentation} is for pictures, data={settings.data['name']} is text: set it to none."
-    if settings.freeze.policy not in ("all", "none", "norm", "stages", "patterns"):
-        yield str(unknown_name("freeze.policy", settings.freeze.policy, ("all", "none", "norm", "stages", "patterns")))
+    if settings.freeze.policy not in FREEZE_POLICIES:
+        yield str(unknown_name("freeze.policy", settings.freeze.policy, FREEZE_POLICIES))
     if settings.freeze.policy == "stages" and settings.freeze.stages is None:
         yield "freeze.policy=stages needs freeze.stages=K, the number of last stages that train."
+    if settings.freeze.policy in ("lp_ft", "gradual") and settings.trainer.steps is not None:
+        yield f"freeze.policy={settings.freeze.policy} is counted in epochs: leave trainer.steps at null."
+    if settings.freeze.policy == "gradual" and settings.freeze.stages is None:
+        yield "freeze.policy=gradual needs freeze.stages=K, the number of stages that begin to train one by one."
     if settings.freeze.policy == "patterns" and not settings.freeze.patterns:
         yield "freeze.policy=patterns needs freeze.patterns=[...], globs over the names of the parameters to freeze."
-    if not 0.0 < settings.optim.lr < float("inf"):
-        yield f"optim.lr={settings.optim.lr} is not a positive learning rate."
+    rate = settings.optim.lr
+    if rate == "find" and settings.freeze.policy in ("lp_ft", "gradual"):
+        yield f"optim.lr=find looks for one rate, and freeze={settings.freeze.policy} trains in phases: give a number."
+    elif rate != "find" and not (type(rate) in (int, float) and 0.0 < rate < float("inf")):
+        yield f"optim.lr={rate} is not a positive learning rate: give a number such as 1e-3, or find."
     if settings.trainer.epochs < 0 or settings.trainer.batch_size < 1 or settings.trainer.accumulation < 1:
         yield "trainer.epochs must be at least 0, trainer.batch_size and trainer.accumulation at least 1."
 

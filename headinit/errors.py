@@ -42,6 +42,10 @@ class CheckpointError(HeadInitError):
     """A checkpoint or saved model is damaged, incompatible or not trustworthy."""
 
 
+class RequirementError(HeadInitError):
+    """Weights or data that a published baseline needs are not there."""
+
+
 def unknown_name(
     kind: str, name: object, known: Iterable[str], error: type[HeadInitError] = ConfigError
 ) -> HeadInitError:

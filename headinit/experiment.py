@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 from headinit import attach, schemes
 from headinit.analysis.diagnostics import feature_gradient_of, start_diagnostics
-from headinit.analysis.metrics import metrics_for, primary_metric
+from headinit.analysis.metrics import metric_names, metrics_for, primary_metric
+from headinit.analysis.plots import rate_sweep, save_figure
 from headinit.analysis.results import (
     RESULT_FILE,
     RunRecord,
@@ -26,34 +29,46 @@ from headinit.analysis.results import (
     library_versions,
     read_metrics,
     read_result,
+    write_json,
     write_result,
 )
 from headinit.analysis.summary import run_summary
 from headinit.backbones.load import Backbone, load_backbone
 from headinit.config import Settings, as_mapping
 from headinit.data.catalog import load_data
-from headinit.data.loading import Batches, TensorBatches, TokenBatches
+from headinit.data.images import to_rgb
+from headinit.data.loading import Batches, CycledBatches, TensorBatches, TokenBatches
 from headinit.data.splits import DataSplits, Split
-from headinit.errors import ConfigError
+from headinit.errors import CheckpointError, ConfigError, unknown_name
 from headinit.features.cache import FeatureCache
 from headinit.features.extract import FeatureSet, extract_features
 from headinit.heads.locate import evaluating
 from headinit.heads.modules import TOKEN_KINDS
-from headinit.heads.record import call_model, record_of
+from headinit.heads.record import call_model, has_record, record_of
+from headinit.processes import by_first, is_first, join_processes, process_count, process_index
+from headinit.tracking import check_tracker, record_evaluation, record_result, record_start, tracking
+from headinit.training.drift import DriftWatch
 from headinit.training.evaluation import predict
 from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze, frozen_digest, frozen_summary
+from headinit.training.hyper_rule import bit_hyperrule
 from headinit.training.losses import count_targets, summed_loss
+from headinit.training.lr_finder import find_learning_rate
+from headinit.training.phases import SCHEDULED_POLICIES, Phase, finetune_in_phases, gradual_phases, lp_ft_phases
 from headinit.training.recipe import Recipe
 from headinit.training.targets import Standardisation, predicting_layers
+from headinit.training.threads import one_thread_if_small
+
+PLACEHOLDER = "lecun"
+"""What stands in the head until a scheme that is computed from data has its data; it suits every head."""
+
+RATE_FILE = "lr_finder.json"
+"""What the search for a learning rate saw and suggests, in the run's folder."""
 
 START_EXAMPLES = 512
 """How many training examples the start is judged on where the backbone has to run for it."""
 
-SMALL_STEP = 50_000_000
-"""Multiplications in a step of the head below which it runs on one thread."""
-
-_SPLIT_OPTIONS = ("validation", "per_class", "train_size")
+_SPLIT_OPTIONS = ("validation", "test", "per_class", "train_size", "join_validation")
 _READING_OPTIONS = ("name", "modality", "augmentation", "split_seed", *_SPLIT_OPTIONS)
 
 
@@ -137,17 +152,31 @@ def run(settings: Settings, folder: Path, console: Console | None = None) -> Run
     Raises:
         HeadInitError: the input or the settings are wrong; nothing has been written.
     """
-    console = console or Console()
+    join_processes()
+    check_tracker(settings.tracker)
+    console = console or Console(quiet=not is_first())
+    if not is_first():
+        settings = dataclasses.replace(settings, trainer=dataclasses.replace(settings.trainer, progress=False))
     clock = PhaseClock()
     with clock("data"):
         splits = load_splits(settings)
         task = Task.of(splits)
-    recipe_of(settings, task.name, task.class_names)  # what is wrong with it is said before anything is loaded
-    finished = _finished_run(folder, splits)
+    settings = with_rule(settings, splits)
+    # What is wrong with it is said before anything is loaded.
+    phases_of(settings, recipe_of(settings, task.name, task.class_names))
+    finished = by_first(lambda: _finished_run(folder, splits))
     if finished is not None:
         console.print(f"This run has finished before; its result is in {folder}.")
         console.print(run_summary(finished, folder))
         return finished
+    with tracking(settings.tracker if is_first() else {}, folder, as_mapping(settings)):
+        return _run_anew(settings, splits, task, folder, console, clock)
+
+
+def _run_anew(
+    settings: Settings, splits: DataSplits, task: Task, folder: Path, console: Console, clock: PhaseClock
+) -> RunRecord:
+    """The run itself, from its beginning or from its last checkpoint."""
     with clock("backbone"):
         backbone = load_model(settings, splits)
     _announce(console, settings, splits, backbone)
@@ -165,8 +194,16 @@ def run(settings: Settings, folder: Path, console: Console | None = None) -> Run
     if task.scale is not None:
         task.scale.fold(model)
     record = _record(settings, splits, backbone, model, start, outcome, evaluations, digests, clock)
-    attach.save(model, folder / "model", preprocessing=backbone.preprocessing)
-    write_result(folder, record)
+    if settings.optim.lr == "find":
+        record = dataclasses.replace(record, found_lr=_found_rate(folder))
+
+    def write() -> None:
+        with _clear_if_unwritable(folder):
+            attach.save(model, folder / "model", preprocessing=backbone.preprocessing)
+            write_result(folder, record)
+
+    by_first(write)
+    record_result({"val": record.val, "test": record.test}, record.steps, [folder / RESULT_FILE])
     console.print(run_summary(record, folder))
     return record
 
@@ -179,6 +216,32 @@ def load_splits(settings: Settings) -> DataSplits:
     options = {key: value for key, value in settings.data.items() if key not in _READING_OPTIONS}
     split = {key: settings.data[key] for key in _SPLIT_OPTIONS if key in settings.data}
     return load_data(settings.data["name"], seed=split_seed_of(settings), **split, **options)
+
+
+def with_rule(settings: Settings, splits: DataSplits) -> Settings:
+    """The settings with what `trainer.rule` derives from the training data put in, if there is a rule.
+
+    Raises:
+        ConfigError: an unknown rule, or data that it is not for.
+    """
+    rule = settings.trainer.rule
+    if rule is None:
+        return settings
+    if rule != "bit_hyperrule":
+        raise unknown_name("trainer.rule", rule, ("bit_hyperrule",))
+    if splits.modality != "image":
+        raise ConfigError("trainer.rule=bit_hyperrule chooses the size of pictures, and these data are text.")
+    derived = bit_hyperrule(len(splits.train), to_rgb(splits.train.items[0]).size)
+    schedule = dataclasses.replace(
+        settings.schedule,
+        name="staircase",
+        warmup=derived.warmup_steps / derived.steps,
+        milestones=list(derived.milestones),
+        step_gamma=0.1,
+    )
+    trainer = dataclasses.replace(settings.trainer, steps=derived.steps, mixup=derived.mixup)
+    model = {**settings.model, "image_size": settings.model.get("image_size") or derived.image_size}
+    return dataclasses.replace(settings, model=model, schedule=schedule, trainer=trainer)
 
 
 def split_seed_of(settings: Settings) -> int:
@@ -255,8 +318,9 @@ def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone) 
     model = attach.attach_head(
         backbone,
         splits.num_classes,
-        init="zeros" if waits else name,
-        init_options={} if waits else options,
+        init=PLACEHOLDER if waits else name,
+        # What happens below the head happens before there are features.
+        init_options={"reinit_top": options.get("reinit_top")} if waits else options,
         head=settings.head["name"],
         head_options=head_options,
         pooling="native" if unpooled else settings.model.get("pooling") or "native",
@@ -267,18 +331,27 @@ def attach_new_head(settings: Settings, splits: DataSplits, backbone: Backbone) 
     )
     if splits.task == "regression":
         predicting_layers(model)  # says what does not suit before anything is trained
+    if waits:
+        attach.check_init(model, {"name": name, **options})
     return model
 
 
 def init_of(settings: Settings) -> tuple[str, dict[str, Any]]:
-    """Name and options of the scheme; options left at null are the scheme's own business."""
+    """Name and options of the scheme; options left at null are the scheme's own business.
+
+    `auto` is told what will be trained after it: the head alone, or a network that wants some energy left in its start.
+    """
     options = {key: value for key, value in settings.init.items() if key != "name"}
+    if settings.init["name"] == "auto" and options.get("policy") is None:
+        options["policy"] = "frozen" if settings.freeze.policy == "all" else "finetune"
     return settings.init["name"], options
 
 
 def apply_freeze(model: nn.Module, settings: Settings) -> None:
-    """Freeze what the settings say."""
+    """Freeze what the settings say; with a policy that changes, what stays frozen to the end."""
     policy: Any = settings.freeze.policy
+    if policy in SCHEDULED_POLICIES:
+        policy = "none"
     if policy == "stages":
         policy = settings.freeze.stages
     elif policy == "patterns":
@@ -291,27 +364,64 @@ def recipe_of(settings: Settings, task: str = "single_label", class_names: tuple
     optim, schedule, trainer = settings.optim, settings.schedule, settings.trainer
     return Recipe(
         epochs=trainer.epochs,
+        steps=trainer.steps,
         optimizer=optim.name,
-        lr=optim.lr,
+        lr=Recipe.lr if optim.lr == "find" else optim.lr,
         backbone_lr=optim.backbone_lr,
         layer_decay=optim.layer_decay,
         weight_decay=optim.weight_decay,
         betas=tuple(optim.betas),  # type: ignore[arg-type]
         eps=optim.eps,
+        bias_correction=optim.bias_correction,
         momentum=optim.momentum,
         nesterov=optim.nesterov,
         schedule=schedule.name,
         warmup=schedule.warmup,
         step_epochs=schedule.step_epochs,
         step_gamma=schedule.step_gamma,
+        milestones=tuple(schedule.milestones),
         clip_norm=trainer.clip_norm,
         accumulation=trainer.accumulation,
         label_smoothing=trainer.label_smoothing,
+        mixup=trainer.mixup,
         patience=trainer.patience,
-        monitor=trainer.monitor or primary_metric(task, class_names),
+        evaluate_every=trainer.evaluate_every,
+        monitor=_monitor_of(settings, task, class_names),
+        select=trainer.select,
         precision=trainer.precision,
+        ema=trainer.ema,
+        compile=trainer.compile,
+        channels_last=trainer.channels_last,
         seed=settings.order_seed,
     )
+
+
+def _monitor_of(settings: Settings, task: str, class_names: tuple[str, ...]) -> str:
+    """The metric that chooses the best epoch.
+
+    Raises:
+        ConfigError: it is none of the task's.
+    """
+    chosen, known = settings.trainer.monitor, metric_names(task, class_names)
+    if chosen is not None and chosen not in known:
+        raise unknown_name(f"trainer.monitor for {task} data", chosen, known)
+    return chosen or primary_metric(task, class_names)
+
+
+def phases_of(settings: Settings, recipe: Recipe) -> tuple[Phase, ...]:
+    """The phases of a run whose freeze policy changes; none for the other policies.
+
+    Raises:
+        ConfigError: the epochs do not suffice, or a number is out of range.
+    """
+    chosen = settings.freeze
+    if chosen.policy not in SCHEDULED_POLICIES:
+        return ()
+    if recipe.steps is not None:
+        raise ConfigError(f"freeze={chosen.policy} is counted in epochs: leave trainer.steps and trainer.rule at null.")
+    if chosen.policy == "lp_ft":
+        return lp_ft_phases(recipe, probe_epochs=chosen.probe_epochs, probe_lr=chosen.probe_lr)
+    return gradual_phases(recipe, stages=chosen.stages or 1, stage_epochs=chosen.stage_epochs)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -319,13 +429,25 @@ def recipe_of(settings: Settings, task: str = "single_label", class_names: tuple
 
 def trains_on_features(model: nn.Module, settings: Settings) -> bool:
     """Whether one pass of the backbone suffices: only the head trains, and its input is the same in every epoch."""
-    if settings.data.get("augmentation", "none") != "none":
+    if settings.data.get("augmentation", "none") != "none" or settings.trainer.mixup:
         return False
+    return _in_the_head(model, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+
+
+def probes_on_features(model: nn.Module, settings: Settings) -> bool:
+    """Whether the first phase of a run in phases trains the head alone, and features suffice for it."""
+    phases = phases_of(settings, recipe_of(settings, record_of(model).task, record_of(model).class_names or ()))
+    first = next((phase for phase in phases if phase.epochs), None)
+    return first is not None and first.policy == "all" and _in_the_head(model, record_of(model).new_parameters)
+
+
+def _in_the_head(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether these parameters belong to one head that takes a feature vector."""
     record = record_of(model)
-    head = record.sites[0]
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    inside = all(name.startswith(f"{head.path}.") for name in trainable)
-    return inside and len(record.sites) == 1 and not isinstance(model.get_submodule(head.path), nn.Conv2d)
+    sites = record.sites
+    inside = all(name.startswith(f"{sites[0].path}.") for name in names)
+    takes_positions = record.head in TOKEN_KINDS or isinstance(model.get_submodule(sites[0].path), nn.Conv2d)
+    return inside and len(sites) == 1 and not takes_positions
 
 
 def _run_on_features(
@@ -336,21 +458,16 @@ def _run_on_features(
     if loaders.test is not None:
         sources["test"] = loaders.test
     with clock("features"):
-        features = {
-            name: extract_features(model, batches, cache=feature_cache(settings), progress=settings.trainer.progress)
-            for name, batches in sources.items()
-        }
+        features = _features_of(model, sources, settings)
         lengths = {name: sources[name].labelled_tokens() for name in sources if task.name == "token"}
     with clock("head"):
         _start_from_data(model, settings, features["train"])
     head = model.get_submodule(record_of(model).sites[0].path)
     start = _start_on_features(head, features["train"], task)
+    record_start(start)
 
     def batches(name: str, seed: int | None = None) -> TensorBatches:
-        chosen, size = features[name], settings.trainer.batch_size
-        if task.name == "token":
-            return TokenBatches(chosen.features, chosen.labels, lengths[name], size, shuffle_seed=seed)
-        return TensorBatches(chosen.features, chosen.labels, size, shuffle_seed=seed)
+        return _feature_batches(features[name], lengths.get(name), settings.trainer.batch_size, seed)
 
     with clock("training"), one_thread_if_small(head, settings.trainer.batch_size):
         outcome = _train(head, batches("train", settings.order_seed), batches("val"), task, settings, folder)
@@ -364,39 +481,55 @@ def _run_on_examples(
 ) -> tuple[dict[str, Any], TrainingOutcome, dict[str, Any]]:
     """The whole model runs over every batch."""
     name, options = init_of(settings)
-    if schemes.needs_data(name, **options):
+    probed = probes_on_features(model, settings)
+    sources = {"val": loaders.validation} if probed else {}
+    if probed or schemes.needs_data(name, **options):
+        sources["train"] = loaders.train_in_order
+    features, probe = {}, None
+    if sources:
         with clock("features"):
-            features = extract_features(
-                model, loaders.train_in_order, cache=feature_cache(settings), progress=settings.trainer.progress
-            )
+            features = _features_of(model, sources, settings)
+            lengths = {part: sources[part].labelled_tokens() for part in sources if task.name == "token"}
         with clock("head"):
-            _start_from_data(model, settings, features)
+            _start_from_data(model, settings, features["train"])
     with clock("start"):
         start = _start_on_examples(model, loaders.train_in_order, task)
+        record_start(start)
+    if probed:
+        size, seed = settings.trainer.batch_size, settings.order_seed
+        probe = (
+            _feature_batches(features["train"], lengths.get("train"), size, seed),
+            _feature_batches(features["val"], lengths.get("val"), size, None),
+        )
     with clock("training"):
-        outcome = _train(model, loaders.train, loaders.validation, task, settings, folder)
+        outcome = _train(model, loaders.train, loaders.validation, task, settings, folder, probe)
     with clock("evaluation"):
-        evaluations = {"val": task.metrics(*predict(model, loaders.validation))}
+        rank, processes = process_index(), process_count()
+        evaluations = {"val": task.metrics(*predict(model, loaders.validation, rank=rank, processes=processes))}
         if loaders.test is not None:
-            evaluations["test"] = task.metrics(*predict(model, loaders.test))
+            evaluations["test"] = task.metrics(*predict(model, loaders.test, rank=rank, processes=processes))
     return start, outcome, evaluations
+
+
+def _features_of(model: nn.Module, sources: Mapping[str, Batches], settings: Settings) -> dict[str, FeatureSet]:
+    """What the head receives from each of these splits."""
+    cache, progress = feature_cache(settings), settings.trainer.progress
+    return {
+        name: extract_features(model, batches, cache=cache, progress=progress, shared=True)
+        for name, batches in sources.items()
+    }
+
+
+def _feature_batches(chosen: FeatureSet, lengths: Tensor | None, size: int, seed: int | None) -> TensorBatches:
+    """Features as batches; with the number of labelled tokens of each sentence, by sentences."""
+    if lengths is not None:
+        return TokenBatches(chosen.features, chosen.labels, lengths, size, shuffle_seed=seed)
+    return TensorBatches(chosen.features, chosen.labels, size, shuffle_seed=seed)
 
 
 def feature_cache(settings: Settings) -> FeatureCache | None:
     """Where features are kept between runs, if anywhere."""
     return None if settings.trainer.cache is None else FeatureCache(settings.trainer.cache)
-
-
-@contextmanager
-def one_thread_if_small(head: nn.Module, batch_size: int) -> Iterator[None]:
-    """A step of a small head takes less time than threads take to wait for each other."""
-    threads = torch.get_num_threads()
-    if batch_size * sum(parameter.numel() for parameter in head.parameters()) < SMALL_STEP:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _start_from_data(model: nn.Module, settings: Settings, features: FeatureSet) -> None:
@@ -407,20 +540,66 @@ def _start_from_data(model: nn.Module, settings: Settings, features: FeatureSet)
 
 
 def _train(
-    trained: nn.Module, train: Any, validation: Any, task: Task, settings: Settings, folder: Path
+    trained: nn.Module,
+    train: Any,
+    validation: Any,
+    task: Task,
+    settings: Settings,
+    folder: Path,
+    probe: tuple[TensorBatches, TensorBatches] | None = None,
 ) -> TrainingOutcome:
-    return finetune(
-        trained,
-        train,
-        validation,
-        recipe_of(settings, task.name, task.class_names),
-        task=task.name,
-        evaluate_metrics=task.metrics,
-        folder=folder / "checkpoint",
-        save_every_steps=settings.trainer.save_every_steps,
-        on_evaluation=_metrics_writer(folder),
-        progress=settings.trainer.progress,
-    )
+    if settings.trainer.steps_per_epoch is not None:
+        per_step = settings.trainer.accumulation * process_count()
+        train = CycledBatches(train, settings.trainer.steps_per_epoch * per_step)
+    recipe = recipe_of(settings, task.name, task.class_names)
+    if not has_record(trained):  # a head on features: there is no backbone whose rate could be set
+        recipe = dataclasses.replace(recipe, backbone_lr=None, layer_decay=None)
+    if settings.optim.lr == "find":
+        recipe = dataclasses.replace(recipe, lr=_rate_to_take(trained, train, recipe, task, folder))
+    options: dict[str, Any] = {
+        "task": task.name,
+        "evaluate_metrics": task.metrics,
+        "folder": folder / "checkpoint",
+        "save_every_steps": settings.trainer.save_every_steps,
+        "on_evaluation": _metrics_writer(folder),
+        "drift": DriftWatch() if settings.trainer.drift else None,
+        "prefix_cache_gb": settings.trainer.prefix_cache_gb,
+        "progress": settings.trainer.progress,
+    }
+    phases = phases_of(settings, recipe)
+    if not phases:
+        return finetune(trained, train, validation, recipe, **options)
+    norm = settings.freeze.norm
+    return finetune_in_phases(trained, train, validation, recipe, phases, norm=norm, features=probe, **options)
+
+
+def _rate_to_take(trained: nn.Module, train: Any, recipe: Recipe, task: Task, folder: Path) -> float:
+    """The learning rate that a sweep suggests; written down before training, so that a resumed run takes the same."""
+    found = by_first(lambda: _found_rate(folder))
+    if found is None:
+        sweep = find_learning_rate(trained, train, recipe, task=task.name)
+        found = sweep.suggestion
+        if process_index() == 0:
+            save_figure(rate_sweep(sweep.rates, sweep.losses, found), folder / "lr_finder.png")
+            write_json(folder / RATE_FILE, dataclasses.asdict(sweep))
+    return by_first(lambda: found)
+
+
+def _found_rate(folder: Path) -> float | None:
+    path = folder / RATE_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["suggestion"] if path.is_file() else None
+
+
+@contextmanager
+def _clear_if_unwritable(folder: Path) -> Iterator[None]:
+    """A full disk or a read-only folder as an error that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write to {folder}: {error}. Make room or make the folder writable, and repeat the command: it "
+            "goes on from the last checkpoint."
+        ) from error
 
 
 def _metrics_writer(folder: Path) -> Callable[[dict[str, Any]], None]:
@@ -428,7 +607,9 @@ def _metrics_writer(folder: Path) -> Callable[[dict[str, Any]], None]:
 
     def write(row: dict[str, Any]) -> None:
         if row["epoch"] not in {line.get("epoch") for line in read_metrics(folder)}:
-            append_metrics(folder, row)
+            with _clear_if_unwritable(folder):
+                append_metrics(folder, row)
+            record_evaluation(row)
 
     return write
 
@@ -524,6 +705,8 @@ def _record(
 ) -> RunRecord:
     frozen = frozen_summary(model)
     config = as_mapping(settings)
+    if process_count() > 1:
+        config["trainer"]["processes"] = process_count()  # each step takes as many batches
     config["trainer"]["monitor"] = recipe_of(settings, splits.task, splits.class_names).monitor
     return RunRecord(
         config=config,
@@ -549,6 +732,7 @@ def _record(
         weights_source=backbone.weights.source,
         class_names=splits.class_names,
         history=[(line["step"], line[primary_metric(splits.task, splits.class_names)]) for line in outcome.history],
+        drift={key: outcome.best[key] for key in ("feature_drift", "feature_cka") if key in outcome.best} or None,
         data=splits.name,
         task=splits.task,
     )

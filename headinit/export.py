@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from headinit.errors import HeadError
 from headinit.heads.locate import evaluating, library_of
+from headinit.heads.modules import RecurrentPool
 from headinit.heads.record import call_model, has_record, record_of, unwrap
 from headinit.seeding import generator_for
 
@@ -62,6 +63,11 @@ def export_onnx(model: nn.Module, path: str | os.PathLike, example_inputs: Any =
     _require_extra()
     root, target = unwrap(model), Path(path)
     inputs = _as_mapping(_examples_for(root) if example_inputs is None else example_inputs)
+    if "attention_mask" in inputs and any(isinstance(module, RecurrentPool) for module in root.modules()):
+        raise HeadError(
+            "A recurrent head over text packs its sequences by their lengths, and ONNX has no form for that. Use "
+            "head=attention_pool, conv or mlp for a model that is to be exported."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

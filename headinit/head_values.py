@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from headinit.errors import HeadError, SchemeError
 from headinit.features.extract import FeatureSet
 from headinit.heads.locate import child_path, is_layer, layer_width, parameters_under, relu_follows
-from headinit.heads.modules import Mlp, hidden_part, output_layer
+from headinit.heads.modules import Mlp, ProxyHead, hidden_part, output_layer
 from headinit.heads.pooled import HeadedBackbone
-from headinit.heads.record import HeadRecord, HeadSite
+from headinit.heads.record import HeadRecord, HeadSite, pretrained_heads
 from headinit.library_init import library_tensors
 from headinit.schemes.fixed import Library
+from headinit.schemes.prototypes import MultiProxy, Source
+from headinit.schemes.scaling import LSUV
 from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme
 from headinit.schemes.variance_scaling import for_activation
 from headinit.seeding import generator_for
@@ -86,13 +88,14 @@ def initialise_heads(root: nn.Module, record: HeadRecord, scheme: Scheme, hidden
     for site in record.sites:
         module = root.get_submodule(site.path)
         started.intended |= _start_hidden(module, site.path, hidden, record.seed)
-    library = _library_values(root, record) if _innermost(scheme) else {}
+    library = _library_values(root, record) if isinstance(innermost(scheme), Library) else {}
     for site in record.sites:
         module = root.get_submodule(site.path)
         layer: Any = output_layer(module)
         _refuse_parametrised(layer, site.path)
         path = site.path if layer is module else f"{site.path}.output"
-        own = _given(scheme, *library[site.path]) if library else scheme
+        own = with_innermost(scheme, _GivenValues(*library[site.path])) if library else scheme
+        own = for_site(own, root, site)
         features = _features_for(root, record, site, path, data) if own.needs_data else None
         result = own(_shape_of(layer, site.path), generator_for(record.seed, f"head/{site.path}"), features)
         _check_result(root, site, layer, result, path)
@@ -176,20 +179,68 @@ class _GivenValues(Scheme):
         return HeadWeights(self.weight.clone(), None if self.bias is None else self.bias.clone(), std, spread)
 
 
-def _innermost(scheme: Scheme) -> bool:
-    """Whether the scheme, under its modifiers, is `Library`."""
-    while not isinstance(scheme, Library):
-        inner = getattr(scheme, "scheme", None)
-        if not isinstance(inner, Scheme):
-            return False
+def innermost(scheme: Scheme) -> Scheme:
+    """The scheme under all modifiers."""
+    while isinstance(inner := getattr(scheme, "scheme", None), Scheme):
         scheme = inner
-    return True
+    return scheme
 
 
-def _given(scheme: Scheme, weight: Tensor, bias: Tensor | None) -> Scheme:
-    if isinstance(scheme, Library):
-        return _GivenValues(weight, bias)
-    return dataclasses.replace(scheme, scheme=_given(scheme.scheme, weight, bias))  # type: ignore[attr-defined, call-arg]
+def with_innermost(scheme: Scheme, replacement: Scheme) -> Scheme:
+    """The same modifiers on top of another scheme."""
+    if not isinstance(inner := getattr(scheme, "scheme", None), Scheme):
+        return replacement
+    return dataclasses.replace(scheme, scheme=with_innermost(inner, replacement))  # type: ignore[call-arg]
+
+
+def for_site(scheme: Scheme, root: nn.Module, site: HeadSite) -> Scheme:
+    """The scheme with what it takes from this head: the classifier that stood there, how proxies are joined.
+
+    Raises:
+        SchemeError: the scheme does not suit the head.
+    """
+    inner, module = innermost(scheme), root.get_submodule(site.path)
+    if isinstance(module, ProxyHead) and module.proxies > 1:
+        if not getattr(inner, "breaks_symmetry", True):
+            raise SchemeError(
+                f"head=multi_proxy with init={type(inner).__name__.lower()} is refused: the proxies of a class would "
+                "be equal, get equal gradients and stay equal. Use init=multi_proxy, or a random one such as lecun."
+            )
+        if inner.needs_data and not isinstance(inner, LSUV | MultiProxy):
+            raise SchemeError(
+                f"init={type(inner).__name__.lower()} makes one row per class and head=multi_proxy holds "
+                f"{module.proxies}. Use init=multi_proxy, or head=linear."
+            )
+    if isinstance(inner, MultiProxy):
+        pooling = module.pooling if isinstance(module, ProxyHead) else None
+        if inner.pooling is not None and pooling not in (None, inner.pooling):
+            raise SchemeError(
+                f"init=multi_proxy with pooling={inner.pooling} is for another head than this one, which joins its "
+                f"proxies by {pooling}. Leave the init's pooling out, or set the head's to {inner.pooling}."
+            )
+        return with_innermost(scheme, dataclasses.replace(inner, pooling=pooling or inner.pooling))
+    if isinstance(inner, Source):
+        return with_innermost(scheme, inner.with_source(*_classifier_at(root, site)))
+    return scheme
+
+
+def _classifier_at(root: nn.Module, site: HeadSite) -> tuple[Tensor, Tensor | None]:
+    """The pretrained classifier that read what the layer which makes the logits now reads."""
+    reason = ""
+    if isinstance(root, HeadedBackbone):
+        reason = "the head is on tokens that headinit pools, which no classifier was pretrained on"
+    elif hidden_part(root.get_submodule(site.path)) is not None:
+        reason = "the new logits are made from a hidden layer, which no classifier was pretrained on"
+    elif site.path not in pretrained_heads(root):
+        reason = f"the weights of this {type(root).__name__} came without one"
+    if reason:
+        raise SchemeError(
+            "init=source mixes the rows of the classifier that the backbone was pretrained with, by its own "
+            f"predictions, and there is none: {reason}. Use a model with its pretrained classifier and head=linear, or "
+            "init=class_mean or ridge, which need none."
+        )
+    weight, bias = pretrained_heads(root)[site.path]
+    return weight.flatten(1), bias
 
 
 def _library_values(root: nn.Module, record: HeadRecord) -> dict[str, tuple[Tensor, Tensor | None]]:

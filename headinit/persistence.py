@@ -51,7 +51,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, preprocessing: Any = No
 
     Raises:
         HeadError: the model has no head attached by headinit.
-        CheckpointError: the folder holds something else, or cannot be written.
+        CheckpointError: the folder holds something else, or cannot be written; or PEFT's adapters are around the model.
 
     Example:
         >>> from headinit.attach import attach_head
@@ -64,17 +64,27 @@ def save(model: nn.Module, folder: str | os.PathLike, *, preprocessing: Any = No
     """
     root, target = unwrap(model), Path(folder)
     record = record_of(root)
+    if type(root).__module__.startswith("peft."):
+        raise CheckpointError(
+            "The model is inside PEFT's adapters, which headinit.load cannot build again: save "
+            "model.merge_and_unload(), or keep the adapters with the model's own save_pretrained."
+        )
     if preprocessing is None:
         preprocessing = getattr(root, "headinit_preprocessing", None)
     _refuse_foreign(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    from safetensors import SafetensorError  # what a full disk is to safetensors
+
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"Cannot write the model to {target}: {error}") from error
     try:
         manifest = _write_files(root, record, preprocessing, staging)
         manifest["files"] = {name: _digest(staging / name) for name in _files_in(staging)}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
         _swap_in(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write the model to {target}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 
 from headinit.data.folders import PICTURE_SUFFIXES
 from headinit.data.tables import SUFFIXES, Table, _guess_texts, read_table
-from headinit.errors import CheckpointError, ConfigError, DataError, HeadError, HeadInitError
+from headinit.data.text import Words, first_tokens
+from headinit.data.tokens import read_words
+from headinit.errors import CheckpointError, ConfigError, DataError, HeadInitError
 from headinit.features.extract import to_model
 from headinit.heads.locate import evaluating
 from headinit.heads.record import call_model, record_of
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 OUTPUT_SUFFIXES = (".csv", ".jsonl")
-_TASKS = ("single_label", "multi_label", "regression")
+_COLUMNS = (".conll", ".iob", ".iob2", ".bio")
+_WORD = re.compile(r"\w+(?:[.,'\u2019-]\w+)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
@@ -55,11 +60,13 @@ class Prediction:
         labels: the label; of a multi-label model all whose probability reaches the threshold; none for regression.
         ranking: label and probability, the most probable first, `top_k` of them; for regression every target and its
             value.
+        word: the word of the input that this is about, of a model that labels words.
     """
 
     name: str
     labels: tuple[str, ...]
     ranking: tuple[tuple[str, float], ...]
+    word: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,9 @@ class Predictions:
     """All that a model says, in the order of the inputs.
 
     Attributes:
-        rows: one for each input that could be read.
+        rows: one for each input that could be read; one for each of its words where the model labels words.
         failures: name and reason of each that could not.
-        task: ``"single_label"``, ``"multi_label"`` or ``"regression"``.
+        task: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``.
     """
 
     rows: tuple[Prediction, ...]
@@ -107,11 +114,6 @@ def load_for_prediction(folder: str | os.PathLike | None) -> nn.Module:
             f"The model in {place} was saved without its preprocessing, so how to prepare inputs is unknown. Save it "
             "with headinit.save(model, folder, preprocessing=...)."
         )
-    if record_of(model).task not in _TASKS:
-        raise HeadError(
-            f"The model in {place} labels single tokens (task={record_of(model).task}), and this command labels whole "
-            f"inputs ({', '.join(_TASKS)}). Use transformers.pipeline('token-classification') on that folder."
-        )
     return model
 
 
@@ -120,6 +122,8 @@ def load_for_prediction(folder: str | os.PathLike | None) -> nn.Module:
 
 def find_inputs(source: Any, modality: str, text: str | None = None, text_pair: str | None = None) -> Inputs:
     """What `source` names: a picture, a folder of pictures, a file of sentences, a table, or a sentence itself.
+
+    A ``.conll`` file has a word a line, its first column, and a blank line behind each sentence.
 
     Args:
         source: a path, or a sentence.
@@ -148,6 +152,8 @@ def find_inputs(source: Any, modality: str, text: str | None = None, text_pair: 
             "table (.csv, .tsv, .jsonl), or a sentence."
         )
     if exists:
+        if path.suffix.lower() in _COLUMNS:
+            return _sentences_of(path)
         return _rows_of(path, text, text_pair) if path.suffix.lower() in SUFFIXES else _lines_of(path)
     if _looks_like_a_file(path, str(source)):
         raise DataError(f"input={source}: there is no such file.")
@@ -163,7 +169,7 @@ def _exists(path: Path) -> bool:
 
 
 def _looks_like_a_file(path: Path, source: str) -> bool:
-    known = {".txt", *SUFFIXES, *PICTURE_SUFFIXES}
+    known = {".txt", *SUFFIXES, *_COLUMNS, *PICTURE_SUFFIXES}
     return not any(character.isspace() for character in source.strip()) and (
         path.suffix.lower() in known or os.sep in source
     )
@@ -213,6 +219,14 @@ def _lines_of(path: Path) -> Inputs:
     return Inputs(items, names, tuple(failures))
 
 
+def _sentences_of(path: Path) -> Inputs:
+    items, names = [], []
+    for sentence in read_words(path):
+        items.append(sentence.words)
+        names.append(f"{path} line {sentence.lines[0]}")
+    return Inputs(items, names)
+
+
 def _rows_of(path: Path, text: str | None, text_pair: str | None) -> Inputs:
     table = read_table(path)
     first, second = _text_columns(table, text, text_pair)
@@ -249,8 +263,12 @@ def _text_columns(table: Table, text: str | None, text_pair: str | None) -> tupl
 class _Collected:
     """Rows by position, so that texts may be run in any order."""
 
-    rows: dict[int, Prediction] = field(default_factory=dict)
+    rows: dict[int, Sequence[Prediction]] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def in_order(self, task: str) -> Predictions:
+        """What was collected, in the order of the inputs."""
+        return Predictions(tuple(row for i in sorted(self.rows) for row in self.rows[i]), tuple(self.failures), task)
 
 
 def label_inputs(
@@ -276,26 +294,79 @@ def label_inputs(
         >>> model = attach_head(body, 2, init="zeros", class_names=["cat", "dog"])
         >>> model.headinit_preprocessing = ImagePreprocessing(size=(2, 2))
         >>> label_inputs(model, Inputs([Image.new("RGB", (8, 8)), "absent.png"], ["black", "absent.png"])).rows
-        (Prediction(name='black', labels=('cat',), ranking=(('cat', 0.5), ('dog', 0.5))),)
+        (Prediction(name='black', labels=('cat',), ranking=(('cat', 0.5), ('dog', 0.5)), word=None),)
     """
     check_settings(batch_size, top_k, threshold)
     preprocessing, record = preprocessing_of(model), record_of(model)
     collected = _Collected(failures=list(inputs.failures))
+    names = record.class_names or tuple(str(k) for k in range(record.num_classes))
+    if record.task == "token":
+        _label_words(model, inputs, batch_size, top_k, names, collected)
+        return collected.in_order("token")
     prepared: Iterator[tuple[list[int], Any]] = (
         _texts(inputs, preprocessing, batch_size)
         if preprocessing.modality == "text"
         else _pictures(inputs, preprocessing, batch_size, collected.failures)
     )
-    names = record.class_names or tuple(str(k) for k in range(record.num_classes))
     with evaluating(model):
         for positions, batch in prepared:
             logits = call_model(model, to_model(batch, model)).double().cpu()
             for position, row in zip(positions, logits, strict=True):
+                name = inputs.names[position]
                 if row.isfinite().all():
-                    collected.rows[position] = _judge(inputs.names[position], row, names, record.task, top_k, threshold)
+                    collected.rows[position] = [_judge(name, row, names, record.task, top_k, threshold)]
                 else:
-                    collected.failures.append((inputs.names[position], "gives logits that are not finite"))
-    return Predictions(tuple(collected.rows[i] for i in sorted(collected.rows)), tuple(collected.failures), record.task)
+                    collected.failures.append((name, "gives logits that are not finite"))
+    return collected.in_order(record.task)
+
+
+def _label_words(
+    model: nn.Module, inputs: Inputs, batch_size: int, top_k: int, names: Sequence[str], collected: _Collected
+) -> None:
+    """A label for each word: that of its first token, as in training."""
+    preprocessing = preprocessing_of(model)
+    pairs = [name for name, item in zip(inputs.names, inputs.items, strict=True) if _is_pair(item)]
+    if pairs:
+        raise DataError(f"{pairs[0]} is a pair of texts, and this model labels the words of one text. Give text alone.")
+    sentences = [words_in(item) for item in inputs.items]
+    if not sentences:
+        return
+    encoded = preprocessing.encode(sentences)
+    left = preprocessing.tokenizer.padding_side == "left"
+    with evaluating(model):
+        for chosen in encoded.lengths.argsort(stable=True).split(batch_size):
+            batch = preprocessing.pad(encoded, chosen)
+            logits = call_model(model, to_model(batch, model)).double().cpu()
+            for position, row in zip(chosen.tolist(), logits, strict=True):
+                name, words, tokens = inputs.names[position], sentences[position], encoded.words[position]
+                start = len(row) - len(tokens) if left else 0
+                known = {tokens[i]: row[start + i] for i in first_tokens(tokens)}
+                if not all(scores.isfinite().all() for scores in known.values()):
+                    collected.failures.append((name, "gives logits that are not finite"))
+                    continue
+                collected.rows[position] = [
+                    dataclasses.replace(_judge(name, known[k], names, "token", top_k, 0.0), word=word)
+                    for k, word in enumerate(words)
+                    if k in known
+                ]
+                if len(known) < len(words):
+                    lost = len(words) - len(known)
+                    reason = f"{lost} of {len(words)} words have no token: the model reads {preprocessing.max_length}"
+                    collected.failures.append((name, reason))
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and not isinstance(item, Words)
+
+
+def words_in(text: str | Words) -> Words:
+    """The words of a sentence, punctuation apart, as files of tagged words have them.
+
+    Example:
+        >>> words_in("Anna's U.S.-trip (3.5 days) ends.")
+        ("Anna's", 'U.S', '.', '-', 'trip', '(', '3.5', 'days', ')', 'ends', '.')
+    """
+    return text if isinstance(text, Words) else Words(_WORD.findall(text))
 
 
 def check_settings(batch_size: int, top_k: int, threshold: float, show: int = 1) -> None:
@@ -345,10 +416,11 @@ def _judge(
     """Read one row of logits `(K,)` float64 as its task means them."""
     if task == "regression":
         return Prediction(name, (), tuple(zip(class_names, logits.tolist(), strict=True)))
-    probabilities = logits.softmax(0) if task == "single_label" else logits.sigmoid()
+    exclusive = task in ("single_label", "token")
+    probabilities = logits.softmax(0) if exclusive else logits.sigmoid()
     values, order = probabilities.sort(descending=True, stable=True)
     ranking = tuple((class_names[k], p) for k, p in zip(order.tolist(), values.tolist(), strict=True))
-    chosen = ranking[:1] if task == "single_label" else [pair for pair in ranking if pair[1] >= threshold]
+    chosen = ranking[:1] if exclusive else [pair for pair in ranking if pair[1] >= threshold]
     return Prediction(name, tuple(label for label, _ in chosen), ranking[:top_k])
 
 
@@ -381,15 +453,22 @@ def prediction_table(predictions: Predictions, limit: int | None = None) -> Rich
             table.add_row(_shown(row.name), *(f"{value:.6g}" for _, value in row.ranking))
         return table
     several = predictions.task == "multi_label"
+    by_word = predictions.task == "token"
+    if by_word:
+        table.add_column("word", overflow="fold")
     table.add_column("labels" if several else "label", overflow="fold")
     table.add_column("probability", justify="right")
     table.add_column("most probable" if several else "runner-up", overflow="fold")
+    earlier = None
     for row in shown:
         known = dict(row.ranking)
         chosen = ", ".join(_percent(known[label]) for label in row.labels if label in known)
         others = row.ranking if several else row.ranking[1:]
+        named = "" if by_word and row.name == earlier else row.name  # once for all words of a sentence
+        earlier = row.name
         table.add_row(
-            _shown(row.name),
+            _shown(named),
+            *([_shown(row.word or "")] if by_word else []),
             _shown(", ".join(row.labels) or "none"),
             chosen or "-",
             _shown(", ".join(f"{label} {_percent(p)}" for label, p in others) or "-"),
@@ -449,8 +528,8 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write all rows as ``.csv`` or ``.jsonl``, the whole file or nothing.
 
     csv: ``name,label,probability,label_2,probability_2,...``; for several labels ``name,labels,label_1,...`` (chosen
-    labels parted by commas, as data=csv reads them); for regression ``name`` and one column for each target. jsonl has
-    the same by name, and ``top`` as a list.
+    labels parted by commas, as data=csv reads them); for regression ``name`` and one column for each target; for words
+    a line each, with ``word`` behind the name. jsonl has the same by name, and ``top`` as a list.
 
     Raises:
         DataError: the file cannot be written.
@@ -489,10 +568,11 @@ def _csv_rows(predictions: Predictions) -> Iterator[list[Any]]:
         return
     several = task == "multi_label"
     heads = [f"{kind}_{k}" if k > 1 or several else kind for k in ranks for kind in ("label", "probability")]
-    yield ["name", *(["labels"] if several else []), *heads]
+    extra = ["labels"] if several else ["word"] if task == "token" else []
+    yield ["name", *extra, *heads]
     for row in rows:
         pairs = [value for pair in row.ranking for value in pair]
-        yield [row.name, *([",".join(row.labels)] if several else []), *pairs]
+        yield [row.name, *([",".join(row.labels)] if several else [row.word] if extra else []), *pairs]
 
 
 def _as_json(row: Prediction, task: str) -> dict[str, Any]:
@@ -501,4 +581,5 @@ def _as_json(row: Prediction, task: str) -> dict[str, Any]:
     top = [{"label": label, "probability": p} for label, p in row.ranking]
     if task == "multi_label":
         return {"name": row.name, "labels": list(row.labels), "top": top}
-    return {"name": row.name, "label": row.labels[0], "probability": row.ranking[0][1], "top": top}
+    word = {"word": row.word} if task == "token" else {}
+    return {"name": row.name, **word, "label": row.labels[0], "probability": row.ranking[0][1], "top": top}

@@ -14,7 +14,7 @@ from torch import nn
 from headinit.errors import HeadError
 from headinit.heads.locate import find_head, is_made_for_a_task, library_of
 from headinit.heads.modules import TOKEN_KINDS, build_head, output_layer
-from headinit.heads.pooled import HeadedBackbone, split_body
+from headinit.heads.pooled import HeadedBackbone, split_body, unread_layers
 from headinit.heads.record import HeadRecord, HeadSite, has_record, record_of, set_record
 from headinit.seeding import global_generators_kept
 
@@ -148,7 +148,12 @@ def _wrap(
     _match(new, body, new if not list(body.parameters()) else body)
     if body is model and library_of(model) in ("timm", "torchvision") and not _is_headless(model):
         for site in find_head(model):
+            if site.role == "auxiliary":  # a branch for the training loss: the libraries allow for its absence
+                _set_module(model, site.path.partition(".")[0], None, undo)
+                continue
             _set_module(model, site.path, nn.Identity(), undo)  # a classifier that no pass reads never gets a gradient
+        for path in unread_layers(model) if library_of(model) == "torchvision" else ():
+            _set_module(model, path, nn.Identity(), undo)  # nor do the layers before it
     optional = "add_pooling_layer" in inspect.signature(type(body).__init__).parameters
     if chosen != "pooler" and optional and body._modules.get("pooler") is not None:
         _set_module(body, "pooler", None, undo)  # the same holds for a pooler; the library allows for its absence

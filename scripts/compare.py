@@ -32,21 +32,32 @@ def _main(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
     from rich.console import Console
 
+    from headinit.analysis.results import unfinished_runs
     from headinit.comparison import compare_runs, compare_settings, plan_from
+    from headinit.errors import ConfigError
     from headinit.features.cache import FeatureCache
+    from headinit.processes import launched_processes
+    from headinit.tracking import check_tracker, record_files, tracking
 
     overrides = HydraConfig.get().overrides
     folder = Path(HydraConfig.get().runtime.output_dir)
     console = Console()
+    plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    tracker = OmegaConf.to_container(config.tracker)
+    check_tracker(tracker)
+    if launched_processes() > 1:
+        raise ConfigError("compare.py is one process: start it without torchrun; workers=N runs cells side by side.")
     if config.runs is not None:
+        unfinished = len(unfinished_runs(config.runs))
         comparison = compare_runs(config.runs, margin=config.margin)
+        if unfinished:
+            console.print(f"[yellow]{unfinished} runs have begun and not finished: they are left out.[/yellow]")
         if not any(override.startswith("hydra.run.dir=") for override in overrides.hydra):
             with suppress(OSError):
                 folder.rmdir()  # made by Hydra; a report is beside the runs
             folder = Path(config.runs)
     else:
         _refuse_options_of_one(overrides.task)
-        plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
         settings, grid = plan_from(OmegaConf.to_container(plain, resolve=True))
         cache = None if config.cache is None else FeatureCache(config.cache, max_bytes=int(config.cache_gb * 2**30))
         comparison = compare_settings(
@@ -56,10 +67,14 @@ def _main(config: DictConfig) -> None:
             cache=cache,
             views=config.views,
             margin=config.margin,
+            workers=config.workers,
+            keep_models=config.keep_models,
             progress=config.trainer.progress,
             console=console,
         )
     comparison.save(folder)
+    with tracking(tracker, folder, OmegaConf.to_container(plain, resolve=True)):
+        record_files([folder / "comparison.json", folder / "report.html"])
     console.print(comparison.rich_table())
     console.print(comparison.conclusion(), highlight=False)
     console.print(f"[bold]report[/bold]  {folder / 'report.html'}", highlight=False, soft_wrap=True)
@@ -99,7 +114,10 @@ def _comparison_id(config: DictConfig) -> str:
     return f"compare-{name.replace('-compare-', '-')}"
 
 
-_COMPARED = ("inits", "freezes", "freeze", "seeds", "seed", "order_seed", "runs", "margin", "cache", "cache_gb", "init")
+_COMPARED = (
+    *("inits", "init", "freezes", "freeze", "seeds", "seed", "order_seed"),
+    *("runs", "margin", "workers", "keep_models", "cache", "cache_gb"),
+)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python scripts/predict.py model=outputs/RUN input=photo.jpg                  one picture
 python scripts/predict.py model=outputs/RUN input=photos output=labels.csv   a folder, and those below it
-python scripts/predict.py model=outputs/RUN input="A sentence."              or a file: .txt .csv .tsv .jsonl
+python scripts/predict.py model=outputs/RUN input="A sentence."              or a file: .txt .csv .tsv .jsonl .conll
 """
 
 import re

@@ -6,9 +6,9 @@
 
 For each model: the head is found and proved by its effect (`check_head`); a head for 7 classes is attached; only the
 intended tensors change; the logits are (B, 7); the gradient reaches every new weight; the std is the intended one; the
-features times the head are the logits; a saved copy gives the same logits; the global generator is left alone. Models
-above `--limit` million parameters are checked on the meta device, without values: the head is found and replaced, and
-the logits have the right shape.
+features times the head are the logits; a saved copy gives the same logits; the global generator is left alone. timm
+models above `--limit` million parameters are checked with equal blocks cut to one (`short_models.py`): the same
+classes, widths and head, and the head must be where it is in the whole model.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from short_models import Shortening, build_short
 from torch import Tensor, nn
 
-from headinit.attach import attach_head, load, rebuild_heads, save
+from headinit.attach import attach_head, load, save
 from headinit.errors import HeadError, HeadInitError
 from headinit.features.extract import extract_features
 from headinit.heads.locate import check_head, find_head
 from headinit.heads.modules import output_layer
-from headinit.heads.record import HeadRecord, HeadSite, call_model, record_of
+from headinit.heads.record import HeadRecord, call_model, record_of
 from headinit.seeding import global_generators_kept
 
 CLASSES = 7
@@ -66,7 +67,7 @@ class Candidate:
     group: str
     name: str
     family: str
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     inputs: Callable[[nn.Module], Any]
     pooling: str = "native"
     task: str = "single_label"
@@ -79,20 +80,18 @@ def check(candidate: Candidate, limit: float) -> Outcome:
     """Build, attach and check one model."""
     outcome = Outcome(candidate.library, candidate.group, candidate.name, "attached")
     start = time.perf_counter()
+    build = _builder(candidate, limit)
     try:
-        model, real = _built(candidate, limit)
+        model, cut = build()
     except Exception as error:
         outcome.status, outcome.reason = (
             "unbuilt",
             f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}",
         )
         return outcome
-    outcome.checked = "full" if real else "shape"
+    outcome.checked = "full" if not cut else "cut"
     try:
-        if real:
-            _check_values(candidate, model, outcome)
-        else:
-            _check_shape(candidate, model, outcome)
+        _check_values(candidate, model, outcome, build)
     except HeadInitError as error:
         outcome.status, outcome.reason = "refused", str(error)
     except Exception as error:
@@ -102,29 +101,36 @@ def check(candidate: Candidate, limit: float) -> Outcome:
     return outcome
 
 
-def _built(candidate: Candidate, limit: float) -> tuple[nn.Module, bool]:
-    """The model with values where it is small enough, on the meta device otherwise."""
-    if candidate.library == "timm":
-        with torch.device("meta"):
-            shell = candidate.build()
-        size = sum(p.numel() for p in shell.parameters())
-        if size > limit * 1e6:
-            return shell, False
-    with global_generators_kept(0):
-        return candidate.build().eval(), True
+Builder = Callable[[], tuple[nn.Module, int]]
 
 
-def _check_shape(candidate: Candidate, model: nn.Module, outcome: Outcome) -> None:
-    pooled = candidate.pooling != "native"
-    sites = (HeadSite("head", "linear", 0, CLASSES),) if pooled else find_head(model)
-    outcome.heads = _heads(sites)
-    new = HeadRecord(sites, "linear", CLASSES, (), (), pooling=candidate.pooling)
-    rebuilt = rebuild_heads(model.eval(), new)
-    logits = call_model(rebuilt, candidate.inputs(model).to("meta"))
-    assert logits.shape[-1] == CLASSES, f"logits have shape {tuple(logits.shape)}"
+def _builder(candidate: Candidate, limit: float) -> Builder:
+    """Builds the model with values, and says how many of its blocks were cut."""
+
+    shortened: list[Shortening] = []
+
+    def runs(model: nn.Module) -> bool:
+        try:
+            with torch.no_grad():
+                call_model(model, candidate.inputs(model))
+        except Exception:  # each architecture has its own way to need all of its blocks
+            return False
+        return True
+
+    def build() -> tuple[nn.Module, int]:
+        with global_generators_kept(0):
+            if candidate.library == "timm":
+                if not shortened:
+                    model, plan = build_short(candidate.build, runs, limit * 1e6)
+                    shortened.append(plan)
+                    return model, plan.cut
+                return shortened[0].build(candidate.build), shortened[0].cut
+            return candidate.build().eval(), 0
+
+    return build
 
 
-def _check_values(candidate: Candidate, model: nn.Module, outcome: Outcome) -> None:
+def _check_values(candidate: Candidate, model: nn.Module, outcome: Outcome, build: Builder) -> None:
     if candidate.pooling == "native":
         try:
             inputs = candidate.inputs(model)
@@ -148,7 +154,7 @@ def _check_values(candidate: Candidate, model: nn.Module, outcome: Outcome) -> N
     assert check_head(attached, record.sites, inputs), "the new head is not what makes the logits"
     _check_gradient(attached, record, inputs, logits, outcome)
     _check_features(attached, record, inputs, logits, outcome)
-    _check_saving(candidate, attached, inputs, logits, outcome)
+    _check_saving(attached, inputs, logits, build, outcome.checked == "cut")
 
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:
@@ -219,12 +225,12 @@ def _check_features(model: nn.Module, record: HeadRecord, inputs: Any, logits: T
     assert error < 1e-3, f"features times head differ from the logits by {error:.2g}"
 
 
-def _check_saving(candidate: Candidate, model: nn.Module, inputs: Any, logits: Tensor, outcome: Outcome) -> None:
+def _check_saving(model: nn.Module, inputs: Any, logits: Tensor, build: Builder, cut: bool) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = save(model, Path(place) / "model")
-        needs_model = json.loads((path / "headinit.json").read_text())["architecture"] is None
+        needs_model = cut or json.loads((path / "headinit.json").read_text())["architecture"] is None
         with global_generators_kept(1):
-            base = candidate.build() if needs_model else None
+            base = build()[0] if needs_model else None
         copy = load(path, model=base)
         again = _logits(copy, inputs)
     assert torch.allclose(again, logits, rtol=1e-4, atol=1e-5), "a saved copy gives other logits"
@@ -264,7 +270,7 @@ def timm_models(filter: str = "*") -> Iterator[Candidate]:
             "image classification",
             name,
             timm.model_entrypoint(name).__module__.rpartition(".")[2],
-            lambda name=name: timm.create_model(name),
+            lambda name=name, **options: timm.create_model(name, **options),
             _timm_input,
             pooling="mean" if name.endswith("_enc") else "native",
         )
@@ -275,15 +281,17 @@ def _timm_input(model: Any) -> Tensor:
     channels, height, width = cfg.get("input_size") or (3, 224, 224)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, channels, height, width, generator=generator)
-    if next(model.parameters()).is_meta:
-        return pixels
-    small = pixels[:, :, :96, :96]
-    try:
-        with torch.no_grad():
-            model.eval()(small)
-        return small
-    except Exception:  # an architecture for one size alone
-        return pixels
+    known = vars(model).get("_sweep_size")
+    for size in (96, 112) if known is None else ():
+        try:
+            with torch.no_grad():
+                model.eval()(pixels[:, :, :size, :size])
+            known = size
+            break
+        except Exception:  # an architecture for other sizes
+            continue
+    model._sweep_size = known or max(height, width)
+    return pixels[:, :, : model._sweep_size, : model._sweep_size]
 
 
 def transformers_models() -> Iterator[Candidate]:
@@ -317,10 +325,14 @@ def write_report(outcomes: list[Outcome], path: Path) -> None:
         f"torch {torch.__version__.split('+')[0]}, torchvision {torchvision.__version__.split('+')[0]}, timm "
         f"{timm.__version__}, transformers {transformers.__version__}.",
         "",
-        "`full`: built with values, every check of the script. `shape`: larger than `--limit`; built without values,",
-        "head found and replaced, shape of the logits checked.",
+        "Every model goes through every check of the script, with values: the head is found and proved by its effect,",
+        "and replaced; only the intended tensors change; the logits are (B, 7); the gradient reaches every new weight;",
+        "the std is the intended one; features times head are the logits; a saved copy gives the same logits.",
+        "`whole`: with all of its blocks (a model of transformers: in a small configuration). `cut`: a timm model",
+        "larger than `--limit` million parameters, of whose equal blocks one is kept: the classes, widths and head of",
+        "the whole model, the head at the same place.",
         "",
-        "| library | kind | models | attached | full | shape | refused | not built | failed |",
+        "| library | kind | models | attached | whole | cut | refused | not built | failed |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     groups = dict.fromkeys((o.library, o.group) for o in outcomes)
@@ -351,20 +363,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, action="append", help="one library (may be repeated)")
     parser.add_argument("--families", action="store_true", help="one model per family")
-    parser.add_argument("--limit", type=float, default=30.0, help="million parameters up to which values are checked")
+    parser.add_argument("--limit", type=float, default=30.0, help="million parameters up to which timm's are run whole")
     parser.add_argument("--filter", default="", help="only names that contain this")
+    parser.add_argument("--part", default="1/1", help="2/3 checks the second third: for several processes at a time")
     parser.add_argument(
-        "--records", type=Path, help="keep outcomes here, one JSON line each, and skip those already there"
+        "--records",
+        type=Path,
+        action="append",
+        default=[],
+        help="keep outcomes here, one JSON line each, and skip those already there; of several files all are read and "
+        "the first is written",
     )
-    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "models.md", help="where the report goes")
+    parser.add_argument(
+        "--report", type=Path, help="where the report goes (default: docs/models.md, once every model has an outcome)"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    done = _read_records(arguments.records)
+    done = {key: outcome for path in arguments.records for key, outcome in _read_records(path).items()}
     outcomes = list(done.values())
     for candidate in _candidates(arguments):
-        key = (candidate.library, candidate.group, candidate.name)
-        if key in done:
+        if _key(candidate) in done:
             continue
         outcome = check(candidate, arguments.limit)
         outcomes.append(outcome)
@@ -373,17 +392,27 @@ def main() -> int:
             flush=True,
         )
         if arguments.records:
-            with arguments.records.open("a", encoding="utf-8") as file:
+            with arguments.records[0].open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(outcome)) + "\n")
-    if not arguments.filter and not arguments.families:
-        write_report(outcomes, arguments.report)
+    known = {_key(outcome) for outcome in outcomes}
+    complete = arguments.report is not None or all(_key(c) in known for lib in LIBRARIES for c in LIBRARIES[lib]())
+    if complete:
+        write_report(outcomes, arguments.report or ROOT / "docs" / "models.md")
+    else:
+        print("No report: some models have no outcome yet. Run the others with the same --records.")
     failed = [o for o in outcomes if o.status == "failed"]
     print(f"{len(outcomes)} models, {sum(o.status == 'attached' for o in outcomes)} attached, {len(failed)} failed")
     return 1 if failed else 0
 
 
+def _key(model: Candidate | Outcome) -> tuple[str, str, str]:
+    return model.library, model.group, model.name
+
+
 def _candidates(arguments: argparse.Namespace) -> Iterator[Candidate]:
     seen = set()
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    number = 0
     for library in arguments.library or LIBRARIES:
         for candidate in LIBRARIES[library]():
             if arguments.filter not in candidate.name:
@@ -391,14 +420,16 @@ def _candidates(arguments: argparse.Namespace) -> Iterator[Candidate]:
             if arguments.families and (library, candidate.family) in seen:
                 continue
             seen.add((library, candidate.family))
-            yield candidate
+            number += 1
+            if number % parts == part - 1:
+                yield candidate
 
 
-def _read_records(path: Path | None) -> dict[tuple[str, str, str], Outcome]:
-    if path is None or not path.is_file():
+def _read_records(path: Path) -> dict[tuple[str, str, str], Outcome]:
+    if not path.is_file():
         return {}
     outcomes = [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {(o.library, o.group, o.name): o for o in outcomes}
+    return {_key(outcome): outcome for outcome in outcomes}
 
 
 if __name__ == "__main__":

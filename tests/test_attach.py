@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import random
@@ -18,10 +19,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import headinit
 from headinit import schemes
 from headinit.attach import attach_head, init_head
 from headinit.errors import HeadError, SchemeError
-from headinit.features.extract import FeatureSet
+from headinit.features.extract import FeatureSet, extract_features
 from headinit.heads.locate import check_head, find_head
 from headinit.heads.record import call_model, record_of
 from headinit.schemes.scheme import Scheme
@@ -413,12 +415,38 @@ def test_heads_over_the_patches_of_timm_models(name: str) -> None:
         assert not any(n.startswith(("backbone.head.", "backbone.fc.")) for n in names)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_32", "swin_t", "vgg11"])
+WITH_MAPS = (
+    *("resnet18", "convnext_tiny", "vit_b_32", "swin_t", "vgg11", "densenet121", "mobilenet_v2", "shufflenet_v2_x0_5"),
+    *("mnasnet0_5", "squeezenet1_1", "googlenet", "mobilenet_v3_small"),
+)
+
+
+@pytest.mark.parametrize("name", WITH_MAPS)
 def test_heads_over_the_patches_of_torchvision_models(name: str) -> None:
-    model = attach_head(torchvision.models.get_model(name), 3, head="attention_pool").eval()
+    """Every parameter that is left gets a gradient: DistributedDataParallel refuses a model where one does not."""
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = attach_head(torchvision.models.get_model(name, **options), 3, head="attention_pool").train()
     size = 224 if name == "vit_b_32" else 96
-    assert model(pictures(2, size)).shape == (2, 3)
+    logits = model(pictures(2, size))
+    assert logits.shape == (2, 3)
+    logits.sum().backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
     assert find_head(model)[0].path == "head"
+
+
+@pytest.mark.parametrize("name", ["densenet121", "mobilenet_v2", "shufflenet_v2_x0_5", "mnasnet0_5", "squeezenet1_1"])
+def test_the_map_is_what_the_model_itself_pools(name: str) -> None:
+    """The mean over the map is the feature that the model's own classifier receives."""
+    model = torchvision.models.get_model(name).eval()
+    own = attach_head(copy.deepcopy(model), 3)
+    if name == "squeezenet1_1":
+        own = nn.Sequential(own.features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        expected = own(pictures(2, 96))
+    else:
+        expected = extract_features(own, (pictures(2, 96), torch.tensor([0, 1])), speed="plain").features
+    pooled = attach_head(model, 3, pooling="mean")
+    found = extract_features(pooled, (pictures(2, 96), torch.tensor([0, 1])), speed="plain").features
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mean_pooling_of_a_resnet_is_its_own_pooling() -> None:
@@ -715,3 +743,92 @@ for shell in shells:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     for line in result.stdout.split():
         assert float(line) < 0.05
+
+
+@pytest.mark.parametrize("name", ["resnet", "bert"])
+def test_attaching_makes_no_copy_of_the_backbone(name: str) -> None:
+    """Nothing that the size of the head does not explain is allocated, and every other tensor is the same memory."""
+    from torch.profiler import ProfilerActivity, profile
+
+    bert = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 2}
+    model = torchvision.models.resnet18() if name == "resnet" else tiny("BertForSequenceClassification", **bert)
+    places = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    total = sum(t.numel() * t.element_size() for t in model.parameters())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        attached = attach_head(model, 3)
+    # What is freed again counts too: no copy for a moment either.
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in measured.events())
+    new = {attached.get_parameter(n).data_ptr() for n in record_of(attached).new_parameters}
+    assert {t.data_ptr() for t in (*attached.parameters(), *attached.buffers())} - new <= places
+    assert total > 3e6
+    assert allocated < 0.02 * total
+
+
+# --- schemes that read the head which was there -----------------------------------------------------------------------
+
+
+def examples_of_classes(classes: int = 4) -> tuple[Tensor, Tensor]:
+    labels = torch.arange(24) % classes
+    return torch.randn(24, 8, generator=torch.Generator().manual_seed(5)) + labels[:, None], labels
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at_once", "after_a_placeholder"])
+def test_source_mixes_the_rows_of_the_classifier_that_was_there(waits: bool) -> None:
+    model = perceptron()
+    old, data = copy.deepcopy(model[2]), examples_of_classes(3)
+    attach_head(model, 3, init="lecun" if waits else "source", data=None if waits else data)
+    if waits:
+        init_head(model, "source", data=data)
+    with torch.no_grad():
+        features = model[1](model[0](data[0]))
+        shares = torch.stack([old(features)[data[1] == k].softmax(1).mean(0) for k in range(3)])
+        rows, biases = shares @ old.weight, shares @ old.bias
+    scale = model[2].weight.norm() / rows.norm()
+    torch.testing.assert_close(model[2].weight, rows * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[2].bias, biases * scale, rtol=1e-4, atol=1e-5)
+    assert json.loads(json.dumps(dict(record_of(model).init))) == {"name": "source"}
+
+
+def test_source_needs_a_pretrained_classifier_of_the_same_features() -> None:
+    data = examples_of_classes()
+    with pytest.raises(SchemeError, match="made from a hidden layer"):
+        attach_head(perceptron(), 4, init="source", head="mlp", data=data)
+    ids = {**tokens(8), "labels": torch.arange(8) % 2}
+    with pytest.raises(SchemeError, match="tokens that headinit pools"):
+        attach_head(tiny("BertModel"), 2, init="source", data=[ids])
+    model = tiny("BertForSequenceClassification")
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = not name.startswith("classifier")  # as from_pretrained marks a new classifier
+    with pytest.raises(SchemeError, match="came without one"):
+        attach_head(model, 2, init="source", data=[ids])
+
+
+def test_a_scheme_with_tensors_is_recorded_as_json() -> None:
+    scheme = schemes.build("source").with_source(torch.randn(5, 16), None)
+    model = attach_head(perceptron(), 4, init=scheme, data=examples_of_classes())
+    assert json.loads(json.dumps(dict(record_of(model).init)))["weight"] == "tensor (5, 16)"
+
+
+@pytest.mark.parametrize("pooling", ["logsumexp", "max"])
+def test_multi_proxy_head_from_data_is_saved_and_loaded(pooling: str, tmp_path: Path) -> None:
+    data = examples_of_classes()
+    options = {"proxies": 3, "pooling": pooling}
+    model = attach_head(perceptron(), 4, init="multi_proxy", head="multi_proxy", head_options=options, data=data)
+    assert model(data[0]).shape == (24, 4)
+    assert (model(data[0]).argmax(1) == data[1]).float().mean() > 0.8
+    assert model[2].output.weight.shape == (12, 16)
+    headinit.save(model, tmp_path / "model")
+    copied = headinit.load(tmp_path / "model", model=perceptron())
+    torch.testing.assert_close(copied(data[0]), model(data[0]))
+
+
+def test_multi_proxy_head_refuses_what_does_not_fill_it() -> None:
+    model, data = perceptron(), examples_of_classes()
+    for init, match in (("zeros", "stay equal"), ("ridge", "one row per class")):
+        with pytest.raises(SchemeError, match=match):
+            attach_head(model, 4, init=init, head="multi_proxy", data=data)
+    with pytest.raises(SchemeError, match="for another head"):
+        attach_head(model, 4, init="multi_proxy", init_options={"pooling": "max"}, head="multi_proxy", data=data)
+    attach_head(model, 4, init="lecun", head="multi_proxy")
+    first, second = model[2].output.weight[:2]
+    assert not torch.equal(first, second)

@@ -19,7 +19,7 @@ import headinit
 from headinit import schemes
 from headinit.analysis.metrics import classification_metrics
 from headinit.analysis.results import RunRow, plain
-from headinit.comparison import Comparison, Grid, compare, compare_runs, plan_from
+from headinit.comparison import Comparison, Grid, compare, compare_runs, compare_settings, plan_from
 from headinit.comparison.bench import Remembered
 from headinit.comparison.pool import FeaturePool, with_own_names
 from headinit.comparison.store import CellStore
@@ -259,7 +259,7 @@ def test_closed_forms_are_computed_once_for_all_seeds_and_random_ones_are_not() 
             return self.inner(shape, generator, data)
 
     data = make_features(60, 1)
-    for name, expected in (("ridge", 1), ("lsuv", 3), ("probe", 3)):
+    for name, expected in (("ridge", 1), ("auto", 1), ("lsuv", 3), ("probe", 1)):
         calls.clear()
         scheme = Remembered(Counted(schemes.build(name)))
         heads = [
@@ -385,6 +385,22 @@ def test_modules_with_batches_give_the_features_they_make() -> None:
         assert dict(first.test) == pytest.approx(dict(second.test), abs=1e-5)
 
 
+def test_source_is_compared_where_the_model_has_a_classifier_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 9))
+    inputs, labels = torch.randn(60, 4), torch.arange(60) % CLASSES
+    options: dict[str, Any] = {"lrs": 0.1, "seeds": 1, "epochs": 0, "validation": (inputs, labels)}
+    rows = compare(model, (inputs, labels), inits=["he", "source"], **options).rows
+    row = next(row for row in rows if row.init == "source")
+    attached = headinit.attach_head(model, CLASSES, init="source", data=(inputs, labels))
+    with torch.no_grad():
+        wanted = classification_metrics(attached(inputs), labels)
+    assert dict(row.val) == pytest.approx({name: wanted[name] for name in row.val}, rel=1e-4)
+    features = FeatureSet(torch.randn(60, WIDTH), labels, CLASSES)
+    with pytest.raises(SchemeError, match="came without one"):
+        compare(features, inits=["he", "source"], lrs=0.1, seeds=1, epochs=1)
+
+
 def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     data = make_features(30, 1)
     folder = tmp_path / "runs"
@@ -482,17 +498,41 @@ def test_frozen_cells_by_name_are_the_ordinary_runs(tmp_path: Path, picture_fold
 
 
 def test_other_freeze_policies_are_runs_that_are_skipped_when_done(tmp_path: Path, picture_folder: Path) -> None:
-    options: dict[str, Any] = {"freezes": ["all", "none", 1], "inits": ["he"], "seeds": 1}
+    schedule = {"policy": "lp_ft", "probe_epochs": 2}
+    options: dict[str, Any] = {"freezes": ["all", "none", 1, schedule], "inits": ["he"], "seeds": 1}
     found = by_name(picture_folder, tmp_path, **options)
-    assert [row.freeze for row in found.rows] == ["all", "none", "stages(1)"]
+    assert [row.freeze for row in found.rows] == ["all", "none", "stages(1)", "lp_ft(probe_epochs=2)"]
     folders = sorted((tmp_path / "runs").iterdir())
-    assert len(folders) == 2
+    assert len(folders) == 3
     stamps = [(folder / "result.json").stat().st_mtime_ns for folder in folders]
     again = by_name(picture_folder, tmp_path, **options)
     assert again.rows == found.rows
     assert [(folder / "result.json").stat().st_mtime_ns for folder in folders] == stamps
     analysed = compare_runs(tmp_path)
-    assert {row.freeze for row in analysed.rows} == {"none", "stages(1)"}
+    assert {row.freeze for row in analysed.rows} == {"none", "stages(1)", "lp_ft"}
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own_have_the_same_results(tmp_path: Path, picture_folder: Path) -> None:
+    settings, grid = plan_from(
+        {
+            "model": SMALL_MODEL,
+            "data": {"name": "imagefolder", "root": str(picture_folder)},
+            "head": {"name": "linear"},
+            "inits": ["he", "zeros"],
+            "freezes": ["none"],
+            "seeds": 1,
+            "trainer": {"epochs": 1, "batch_size": 16, "workers": 0, "progress": False},
+        }
+    )
+    alone = compare_settings(settings, grid, tmp_path / "alone")
+    shared = compare_settings(settings, grid, tmp_path / "shared", workers=2, keep_models=False)
+    assert [dict(row.val) for row in shared.rows] == [
+        pytest.approx(dict(row.val), rel=1e-4, abs=1e-6) for row in alone.rows
+    ]
+    kept = {path.name for folder in (tmp_path / "shared" / "runs").iterdir() for path in folder.iterdir()}
+    assert kept >= {"result.json", "metrics.jsonl"}
+    assert not kept & {"model", "checkpoint"}
 
 
 def test_features_are_computed_once_for_all_splits(

@@ -44,6 +44,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[int],
     ),
     "bert": (lambda: tiny("BertForSequenceClassification"), {}, padded),
     "bert_mean": (lambda: tiny("BertModel"), {"pooling": "mean"}, padded),
+    "multi_proxy": (
+        convolutional,
+        {"head": "multi_proxy", "head_options": {"proxies": 3}},
+        lambda n: torch.rand(n, 3, 40, 48),
+    ),
     "vit_cosine": (tiny_vit, {"head": "cosine"}, lambda n: {"pixel_values": torch.rand(n, 3, 32, 32)}),
 }
 
@@ -66,7 +71,7 @@ def run(path: Path, inputs: Any) -> torch.Tensor:
 def test_onnxruntime_gives_the_logits(name: str, tmp_path: Path) -> None:
     build, options, inputs = MODELS[name]
     model = freeze(attach_head(build(), 3, class_names=["a", "b", "ü"], seed=1, **options), "all")
-    if name == "mlp":  # the size of its pictures comes from its preprocessing
+    if name in ("mlp", "multi_proxy"):  # the size of its pictures comes from its preprocessing
         model.headinit_preprocessing = ImagePreprocessing(size=(40, 48))
     digest, hooks = frozen_digest(model), [len(module._forward_pre_hooks) for module in model.modules()]
     model.train()
@@ -126,3 +131,11 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(HeadError, match=r"needs no_such_package: pip install 'headinit\[onnx\]'"):
         export_onnx(perceptron(), tmp_path / "model.onnx", torch.rand(2, 8))
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_extra
+def test_a_recurrent_head_over_text_is_refused_in_words(tmp_path: Path) -> None:
+    model = attach_head(tiny("BertModel"), 3, head="recurrent")
+    with pytest.raises(HeadError, match="packs its sequences"):
+        export_onnx(model, tmp_path / "model.onnx", tokens())
+    assert not list(tmp_path.iterdir())

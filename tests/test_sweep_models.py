@@ -86,6 +86,65 @@ def test_a_wrong_head_is_found_out(sweep: Any, monkeypatch: pytest.MonkeyPatch) 
         assert reason in outcome.reason
 
 
+def test_a_model_cut_short_has_the_head_and_the_kinds_of_layers_of_the_whole_one(sweep: Any) -> None:
+    import short_models
+    import timm
+    import torch
+
+    for name in ("test_vit", "resnet18", "regnetx_002", "levit_128s"):
+        candidate = next(c for c in sweep.timm_models(name) if c.name == name)
+        outcome = sweep.check(candidate, 0.001)
+        assert (outcome.status, outcome.checked) == ("attached", "cut"), outcome.reason
+        whole = timm.create_model(name)
+        short, plan = short_models.build_short(candidate.build, lambda model: True, 1e3)
+        again = plan.build(candidate.build)
+        assert {type(m) for m in short.modules()} == {type(m) for m in whole.modules()}
+        assert short_models.sites_of(short) == short_models.sites_of(whole)
+        assert sum(1 for _ in short.modules()) < sum(1 for _ in whole.modules())
+        shapes = {key: tensor.shape for key, tensor in short.state_dict().items()}
+        assert {key: tensor.shape for key, tensor in again.state_dict().items()} == shapes
+        assert all(torch.isfinite(parameter).all() for parameter in short.parameters())
+
+
+def test_a_model_that_needs_all_of_its_blocks_stays_whole(sweep: Any) -> None:
+    import short_models
+    import timm
+
+    model, plan = short_models.build_short(lambda: timm.create_model("test_vit"), lambda model: False, 1e3)
+    assert plan == short_models.Shortening()
+    assert len(model.state_dict()) == len(timm.create_model("test_vit").state_dict())
+
+
+def test_records_of_several_runs_make_one_report(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A sweep of one library does not overwrite the report on all of them; the last part writes it."""
+
+    def models(library: str, *names: str) -> Any:
+        return lambda: (sweep.Candidate(library, "kind", name, name, lambda: None, lambda m: None) for name in names)
+
+    monkeypatch.setattr(
+        sweep, "LIBRARIES", {"timm": models("timm", "a", "b"), "torchvision": models("torchvision", "c")}
+    )
+    monkeypatch.setattr(sweep, "check", lambda c, limit: sweep.Outcome(c.library, c.group, c.name, "attached", "full"))
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    report = tmp_path / "docs" / "models.md"
+
+    def sweep_with(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["sweep_models.py", *arguments])
+        assert sweep.main() == 0
+        return capsys.readouterr().out
+
+    first, second = (f"--records={tmp_path / name}.jsonl" for name in ("first", "second"))
+    assert "No report" in sweep_with("--library=timm", "--part=1/2", first)
+    assert "No report" in sweep_with("--library=timm", "--part=2/2", second)
+    assert not report.exists()
+    assert "3 models, 3 attached" in sweep_with(first, second)
+    assert "| timm | kind | 2 | 2 | 2 | 0 | 0 | 0 | 0 |" in report.read_text()
+    assert len((tmp_path / "first.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("library", ["torchvision", "timm"])

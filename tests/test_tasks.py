@@ -23,7 +23,7 @@ from headinit.backbones.load import build_library_model, load_backbone
 from headinit.config import Settings, settings_from
 from headinit.data.splits import DataSplits, Split
 from headinit.data.text import IGNORED_LABEL, Words
-from headinit.errors import ConfigError, HeadInitError, TrainingError
+from headinit.errors import ConfigError, HeadInitError
 from headinit.experiment import load_splits, run
 from headinit.persistence import preprocessing_of
 from headinit.training.targets import Standardisation
@@ -124,6 +124,20 @@ def test_multi_label(settings: Callable[..., Settings], multi_label: tuple, tmp_
     assert record.task == "multi_label"
 
 
+@pytest.mark.parametrize("head", ["attention_pool", "recurrent", "conv"])
+def test_heads_over_tokens_on_a_frozen_backbone(
+    settings: Callable[..., Settings], multi_label: tuple, tmp_path: Path, head: str
+) -> None:
+    """They take all tokens, so no one feature vector stands for an example: the backbone runs in every epoch."""
+    chosen = settings(*multi_label, f"head={head}")
+    record = run(chosen, tmp_path / "run")
+    splits = load_splits(chosen)
+    outputs, labels = saved_outputs(tmp_path / "run", splits.validation), splits.validation.labels.numpy()
+    wanted = sklearn_metrics.f1_score(labels, outputs > 0, average="micro", zero_division=0)
+    assert record.val["micro_f1"] == pytest.approx(wanted, abs=1e-6)
+    assert record.frozen_digest["before"] == record.frozen_digest["after"]
+
+
 def test_multi_label_starts_at_the_entropy_of_the_labels_with_a_prior_bias(
     settings: Callable[..., Settings], multi_label: tuple, tmp_path: Path
 ) -> None:
@@ -158,7 +172,7 @@ def regression(tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(
-    ("policy", "head"), [("all", "linear"), ("none", "linear"), ("all", "mlp"), ("none", "attention_pool")]
+    ("policy", "head"), [("all", "linear"), ("none", "linear"), ("all", "mlp"), ("all", "attention_pool")]
 )
 def test_regression_is_in_the_units_of_the_targets(
     settings: Callable[..., Settings], regression: tuple, tmp_path: Path, policy: str, head: str
@@ -192,10 +206,11 @@ def test_a_zero_head_of_a_regression_starts_at_the_mean(
     assert record.init["loss"] == pytest.approx(record.init["chance_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("init", ["ridge", "auto"])
 def test_ridge_starts_a_regression_below_the_variance(
-    settings: Callable[..., Settings], regression: tuple, tmp_path: Path
+    settings: Callable[..., Settings], regression: tuple, tmp_path: Path, init: str
 ) -> None:
-    chosen = settings(*regression, "init=ridge", "trainer.epochs=0")
+    chosen = settings(*regression, f"init={init}", "trainer.epochs=0")
     record = run(chosen, tmp_path / "run")
     splits = load_splits(chosen)
     outputs = saved_outputs(tmp_path / "run", splits.train)
@@ -318,6 +333,16 @@ def test_token_classification(settings: Callable[..., Settings], tokens: tuple, 
     assert_start(record, math.log(len(names)))
 
 
+@pytest.mark.parametrize("init", ["ridge", "auto"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_tokens_start_from_data(
+    settings: Callable[..., Settings], tokens: tuple, tmp_path: Path, init: str, policy: str
+) -> None:
+    record = run(settings(*tokens, f"init={init}", f"freeze={policy}", "trainer.epochs=0"), tmp_path / "run")
+    assert record.init["loss"] < 0.9 * record.init["prior_entropy"]
+    assert record.val["entity_f1"] > 0.3
+
+
 def test_tokens_by_features_and_by_the_loop_are_the_same(
     settings: Callable[..., Settings], tokens: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,10 +411,33 @@ def test_sentence_pairs(settings: Callable[..., Settings], tmp_path: Path, polic
     assert_start(record, math.log(2))
 
 
+@pytest.mark.parametrize(
+    ("task", "head"),
+    [("multi_label", "linear"), ("regression", "linear"), ("regression", "mlp"), ("tokens", "linear")],
+)
+def test_a_cell_of_a_comparison_is_the_run_alone(
+    settings: Callable[..., Settings], request: pytest.FixtureRequest, tmp_path: Path, task: str, head: str
+) -> None:
+    """Scores in the units of the data, the metric that chooses, and the start, for every task."""
+    from headinit.comparison import Grid, compare_settings
+
+    chosen = settings(*request.getfixturevalue(task), f"head={head}", "init=he", "optim.weight_decay=0.01")
+    record = run(chosen, tmp_path / "run")
+    grid = Grid.of(inits=["he"], lrs=chosen.optim.lr, seeds=[chosen.seed], weight_decays=0.01)
+    found = compare_settings(chosen, grid, tmp_path / "comparison")
+    (row,) = found.rows
+    assert found.metric == record.config["trainer"]["monitor"]
+    assert dict(row.val) == pytest.approx(dict(record.val), rel=1e-3, abs=1e-4)
+    assert row.init_loss == pytest.approx(record.init["loss"], rel=1e-4)
+    assert row.feature_gradient == pytest.approx(record.init["feature_gradient"], rel=1e-4)
+    assert (row.steps, row.best_epoch) == (record.steps, record.best_epoch)
+    assert "he" in found.table()
+
+
 def test_a_metric_that_the_task_does_not_have_is_named(
     settings: Callable[..., Settings], regression: tuple, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainingError, match=r"'accuracy'.*none of mae, mse, r2, pearson, spearman"):
+    with pytest.raises(ConfigError, match=r"regression data 'accuracy'\. Known: mae, mse, pearson, r2, spearman"):
         run(settings(*regression, "trainer.monitor=accuracy"), tmp_path / "run")
     record = run(settings(*regression, "trainer.monitor=mae"), tmp_path / "other")
     best = min(json.loads(line)["mae"] for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines())

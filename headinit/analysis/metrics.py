@@ -27,6 +27,7 @@ HIGHER_IS_BETTER: dict[str, bool] = {
     "macro_f1": True,
     "micro_f1": True,
     "mcc": True,
+    "f1": True,
     "nll": False,
     "ece": False,
     "map": True,
@@ -55,7 +56,8 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         labels: `(N,)` class numbers in 0..K-1.
 
     Returns:
-        ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``mcc``, ``nll``, ``ece``.
+        ``accuracy``, ``balanced_accuracy``, ``macro_f1``, ``mcc``, ``nll``, ``ece``; of two classes also ``f1``, that
+        of the second one (the positive class of GLUE).
 
     Raises:
         DataError: the shapes do not fit, there is no example, or a label is outside 0..K-1.
@@ -262,6 +264,20 @@ def metrics_for(task: str, class_names: Sequence[str] = ()) -> Callable[[Tensor,
     return functions[task]
 
 
+def metric_names(task: str, class_names: Sequence[str] = ()) -> tuple[str, ...]:
+    """The scores that `metrics_for` gives for a task.
+
+    Example:
+        >>> metric_names("token", ["O", "B-PER"])
+        ('accuracy', 'nll', 'entity_precision', 'entity_recall', 'entity_f1')
+    """
+    scores = metrics_for(task, class_names)
+    outputs = torch.zeros(1, len(class_names) or 2)  # of one example
+    if task == "token":
+        return tuple(scores(outputs[None], torch.zeros(1, 1, dtype=torch.int64)))
+    return tuple(scores(outputs, torch.zeros(1, dtype=torch.int64) if task == "single_label" else outputs))
+
+
 def primary_metric(task: str, class_names: Sequence[str] = ()) -> str:
     """The metric that selects the best epoch of a task; of tokens with IOB names, the F1 over whole entities.
 
@@ -326,7 +342,9 @@ def _confusion_scores(counts: Tensor) -> dict[str, float]:
     # Gorodkin 2004: the correlation of the one-hot labels with the one-hot predictions.
     covariance = hits.sum() * total - true @ predicted
     variances = (total**2 - predicted @ predicted) * (total**2 - true @ true)
+    binary = {"f1": (2 * hits[1] / (true + predicted)[1].clamp_min(1)).item()} if len(hits) == 2 else {}
     return {
+        **binary,
         "balanced_accuracy": (hits[true > 0] / true[true > 0]).mean().item(),
         "macro_f1": (2 * hits[seen] / (true + predicted)[seen]).mean().item(),
         "mcc": (covariance / variances.sqrt()).item() if variances > 0 else 0.0,

@@ -326,6 +326,22 @@ def expected_best_curves(block: BlockAnalysis) -> Figure:
     return figure
 
 
+def rate_sweep(rates: Sequence[float], losses: Sequence[float], suggestion: float) -> Figure:
+    """The smoothed training loss against a learning rate that grows at every step, and the rate to take.
+
+    Example:
+        >>> len(rate_sweep([1e-3, 1e-2, 1e-1], [1.0, 0.5, 2.0], 1e-2).axes)
+        1
+    """
+    figure, axes = _figure(6.4, 3.8)
+    axes.plot(rates, losses, color=COLOURS[0])
+    axes.axvline(suggestion, color=COLOURS[1], linestyle="--", label=f"taken: {suggestion:.2g}")
+    axes.set_xscale("log")
+    _label(axes, "Learning-rate sweep", "learning rate of the new parameters", "training loss, smoothed")
+    axes.legend(frameon=False)
+    return figure
+
+
 def critical_difference_diagram(ranking: Ranking) -> Figure:
     """Mean ranks on a line, best on the left; bars join schemes that cannot be told apart (Demsar 2006).
 

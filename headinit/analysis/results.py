@@ -35,7 +35,8 @@ _LIBRARIES = (
 _NO_OPTIONS = frozenset(
     {*(f"{group}.name" for group in ("init", "data", "model", "head", "optim", "schedule", "trainer"))}
     | {"optim.lr", "optim.weight_decay", "data.per_class"}
-    | {"trainer.workers", "trainer.progress", "trainer.save_every_steps", "trainer.cache"}
+    | {"trainer.workers", "trainer.progress", "trainer.save_every_steps", "trainer.cache", "trainer.drift"}
+    | {"freeze.policy", "freeze.stages", "freeze.patterns", "freeze.head_lr", "freeze.epochs"}
 )
 _NOT_RUNS = frozenset({"checkpoint", "model", ".hydra", "__pycache__"})
 
@@ -63,6 +64,9 @@ class RunRecord:
         weights_source: ``"file"``, ``"bundled"``, ``"cache"``, ``"download"`` or ``"random"``.
         class_names: K names in label order.
         history: pairs (step, value of the selecting metric on validation), one per evaluation.
+        found_lr: the learning rate that `optim.lr=find` took.
+        drift: of the features of some validation examples at the best epoch, where pretrained parameters trained:
+            ``feature_drift`` (relative change) and ``feature_cka`` (linear CKA with the pretrained ones).
         status: ``"finished"``, or why it stopped, such as ``"diverged"``.
         data, task: name of the data set and its task.
         folder: where it was read from; not saved.
@@ -85,6 +89,8 @@ class RunRecord:
     weights_source: str = ""
     class_names: Sequence[str] = ()
     history: Sequence[tuple[int, float]] = ()
+    found_lr: float | None = None
+    drift: Mapping[str, float | None] | None = None
     status: str = "finished"
     data: str = ""
     task: str = "single_label"
@@ -138,7 +144,7 @@ class RunRow:
             ConfigError: the configuration has no init or no learning rate.
         """
         config = record.config
-        lr = _setting(config, "optim", "lr")
+        lr = _setting(config, "optim", "lr") if record.found_lr is None else record.found_lr
         init = _name(config, "init")
         if lr is None or init is None:
             raise ConfigError(
@@ -184,7 +190,7 @@ def rows_from(records: Iterable[RunRecord]) -> list[RunRow]:
     kept = list(records)
     rows = [RunRow.from_record(record) for record in kept]
     inits, datas = [[row.init] for row in rows], [[row.data] for row in rows]
-    for group in ("init", "data", "model", "head", "optim", "schedule", "trainer"):
+    for group in ("init", "data", "model", "head", "freeze", "optim", "schedule", "trainer"):
         for label, found in zip(datas if group == "data" else inits, _differences(kept, group), strict=True):
             label.extend(found)
     return [
@@ -339,6 +345,23 @@ def read_runs(root: str | os.PathLike[str]) -> list[RunRecord]:
     return records
 
 
+def unfinished_runs(root: str | os.PathLike[str]) -> list[Path]:
+    """The folders below a folder where a run has begun and not (yet) finished: metrics or checkpoints, and no result.
+
+    Example:
+        >>> root = tempfile.mkdtemp()
+        >>> append_metrics(Path(root, "run"), {"epoch": 0})
+        >>> [folder.name for folder in unfinished_runs(root)]
+        ['run']
+    """
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        if RESULT_FILE not in files and (METRICS_FILE in files or "checkpoint" in subfolders):
+            found.append(Path(folder))
+        subfolders[:] = sorted(name for name in subfolders if name not in _NOT_RUNS)
+    return found
+
+
 def _run_folders(root: str | os.PathLike[str]) -> Iterator[Path]:
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if name not in _NOT_RUNS)
@@ -409,7 +432,7 @@ def _differences(records: Sequence[RunRecord], group: str) -> list[list[str]]:
         name: sorted(key for key in set().union(*found) if len({own.get(key) for own in found}) > 1)
         for name, found in peers.items()
     }
-    named = group not in ("init", "data") and len(peers) > 1
+    named = group not in ("init", "data", "freeze") and len(peers) > 1
     return [
         [*([f"{group}={name}"] if named else []), *(f"{key}={own.get(key)}" for key in varying[name])]
         for name, own in zip(names, options, strict=True)
@@ -427,7 +450,7 @@ def _freeze_label(config: Mapping[str, Any]) -> str:
     if not isinstance(section, Mapping):
         return "all" if section is None else str(section)
     policy = str(section.get("policy") or section.get("name") or "all")
-    detail = section.get({"stages": "stages", "patterns": "patterns"}.get(policy, ""))
+    detail = section.get({"stages": "stages", "patterns": "patterns", "gradual": "stages"}.get(policy, ""))
     return policy if detail is None else f"{policy}({detail})"
 
 

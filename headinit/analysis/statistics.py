@@ -277,8 +277,36 @@ def compare_pairs(scores: Mapping[str, Mapping[Unit, float]], seed: int = 0) -> 
         >>> round(found.difference.estimate, 3), found.ahead, found.p_value
         (0.125, 6, 0.03125)
     """
+    return _compared(scores, list(combinations(scores, 2)), seed)
+
+
+def compare_with(
+    reference: str, scores: Mapping[str, Mapping[Unit, float]], seed: int = 0
+) -> tuple[PairedComparison, ...]:
+    """Every scheme against one of them, with Holm's correction over these pairs alone.
+
+    Many against one is the question of a study with a reference; it needs fewer pairs than all against all.
+
+    Args:
+        reference: a key of `scores`; the second of every pair.
+        scores: scheme -> {(split seed, seed): score}.
+
+    Example:
+        >>> scores = {"torch": {(0, s): 0.8 for s in range(6)}, "ridge": {(0, s): 0.9 + s / 100 for s in range(6)}}
+        >>> [(pair.first, pair.second, pair.adjusted_p) for pair in compare_with("torch", scores)]
+        [('ridge', 'torch', 0.03125)]
+    """
+    if reference not in scores:
+        raise unknown_name("reference scheme", reference, scores, DataError)
+    return _compared(scores, [(scheme, reference) for scheme in scores if scheme != reference], seed)
+
+
+def _compared(
+    scores: Mapping[str, Mapping[Unit, float]], pairs: Sequence[tuple[str, str]], seed: int
+) -> tuple[PairedComparison, ...]:
+    """The named pairs on the units that both schemes have."""
     found = []
-    for first, second in combinations(scores, 2):
+    for first, second in pairs:
         shared = sorted(scores[first].keys() & scores[second].keys())
         if shared:
             a, b = [scores[first][unit] for unit in shared], [scores[second][unit] for unit in shared]

@@ -95,10 +95,13 @@ def _innermost(raw: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo what DistributedDataParallel and torch.compile put before, and inside, the names."""
+    """Undo what DistributedDataParallel and torch.compile put before, and inside, names; take MoCo's encoder out."""
     state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
+    if any(name.startswith("encoder_q.") for name in state):  # beside its key encoder and queue; fc is the projection
+        own = {name.removeprefix("encoder_q."): value for name, value in state.items() if name.startswith("encoder_q.")}
+        return {name: value for name, value in own.items() if not name.startswith("fc.")}
     return state
 
 

@@ -374,8 +374,10 @@ def _require_hub(repository: str) -> None:
 def _require_reachable(url: str) -> None:
     """One short request before a client library is let loose, whose retries can take minutes without a network.
 
-    It runs in a thread of its own because looking up a host's name has no timeout.
+    It runs in a thread of its own because looking up a host's name has no timeout. HEADINIT_OFFLINE=1 answers no.
     """
+    if os.environ.get("HEADINIT_OFFLINE") == "1":
+        raise WeightsError("downloads are switched off by HEADINIT_OFFLINE")
     answer: list[str] = []
     host = urllib.parse.urlparse(url).netloc
 

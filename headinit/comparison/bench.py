@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from headinit import attach, schemes
-from headinit.analysis.diagnostics import linear_feature_gradient, start_diagnostics
+from headinit.analysis.diagnostics import feature_gradient_of, linear_feature_gradient
 from headinit.comparison.grid import Cell
 from headinit.comparison.pool import FeaturePool
 from headinit.config import Settings
 from headinit.data.splits import DataSplits, with_subset
-from headinit.experiment import START_EXAMPLES
+from headinit.experiment import START_EXAMPLES, Task
 from headinit.features.extract import FeatureSet
 from headinit.heads.locate import evaluating
 from headinit.heads.record import record_of
@@ -121,15 +121,6 @@ class Remembered(Scheme):
         """Whether the scheme does."""
         return self.scheme.breaks_symmetry
 
-    @property
-    def needs_source(self) -> bool:
-        """Whether the scheme needs the pretrained classifier."""
-        return getattr(self.scheme, "needs_source", False)
-
-    def with_source(self, weight: Tensor, bias: Tensor | None) -> Scheme:
-        """The scheme with the pretrained classifier bound to it."""
-        return self.scheme.with_source(weight, bias)  # type: ignore[attr-defined]
-
     def __call__(self, shape: HeadShape, generator: torch.Generator, data: Any = None) -> HeadWeights:
         """The weights, remembered if neither the seed nor random numbers went into them."""
         key = (shape, id(data))
@@ -147,7 +138,10 @@ class Remembered(Scheme):
 
 @dataclass
 class Setting:
-    """The data of one split seed and sample size, and how heads start on them."""
+    """The data of one split seed and sample size, and how heads start on them.
+
+    Regression targets are standardised in the features, as `headinit.experiment.run` does; `data` has them as they are.
+    """
 
     bench: Bench
     split_seed: int
@@ -156,6 +150,7 @@ class Setting:
     validation: FeatureSet
     test: FeatureSet | None
     data: DataSplits
+    task: Task
     views: Sequence[FeatureSet] = ()
     started: dict[str, Scheme] = field(default_factory=dict)
 
@@ -163,10 +158,12 @@ class Setting:
     def of(cls, bench: Bench, split_seed: int, per_class: int | None) -> Setting:
         """The setting of a cell with these."""
         data, pool = bench.data_of(split_seed, per_class), bench.pool()
-        test = None if data.test is None else pool.features_of(data.test)
-        train, validation = pool.features_of(data.train), pool.features_of(data.validation)
-        views = [view.features_of(data.train) for view in bench.view_pools()]
-        return cls(bench, split_seed, per_class, train, validation, test, data, views)
+        task = Task.of(data)
+        learnt = data if task.scale is None else task.scale.standardised(data)
+        test = None if learnt.test is None else pool.features_of(learnt.test)
+        train, validation = pool.features_of(learnt.train), pool.features_of(learnt.validation)
+        views = [view.features_of(learnt.train) for view in bench.view_pools()]
+        return cls(bench, split_seed, per_class, train, validation, test, data, task, views)
 
     @property
     def majority(self) -> float | None:
@@ -184,15 +181,14 @@ class Setting:
 
     def start_scores(self, head: nn.Module) -> dict[str, Any]:
         """Loss, gradient into the features and the rest of `start_diagnostics`, on the training data."""
-        if self.data.task != "single_label":
-            return {}
-        logits = logits_on(head, self.train.features)
-        scores = start_diagnostics(logits, self.train.labels)
-        if type(head) is nn.Linear:
-            first = slice(0, START_EXAMPLES)
-            gradient = linear_feature_gradient(logits[first], self.train.labels[first], head.weight)
-            scores["feature_gradient"] = gradient.mean().item()
-        return scores
+        logits, labels = logits_on(head, self.train.features), self.train.labels
+        first = slice(0, START_EXAMPLES)
+        if self.task.name == "single_label" and type(head) is nn.Linear:
+            gradient = linear_feature_gradient(logits[first], labels[first], head.weight)
+        else:
+            with evaluating(head), torch.enable_grad():
+                gradient = feature_gradient_of(head, self.train.features[first], labels[first], self.task.loss)
+        return {**self.task.start(logits, labels), "feature_gradient": gradient.mean().item()}
 
 
 @torch.no_grad()

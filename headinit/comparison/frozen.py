@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
+from headinit.analysis.metrics import HIGHER_IS_BETTER
 from headinit.analysis.results import RunRow, plain
 from headinit.comparison.bench import Bench, Leader, Setting, logits_on
 from headinit.comparison.grid import Cell
@@ -26,10 +26,10 @@ from headinit.training.finetune import finetune
 from headinit.training.head_bank import TASKS as BANK_TASKS
 from headinit.training.head_bank import BankEntry, head_logits, train_head_bank
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cell's key: raise it when results of an older version must not be taken over."""
 
-_NOT_FINITE = re.compile(r"\b(nan|inf|infinite)\b", re.IGNORECASE)
+_HOPELESS = re.compile(r"\b(nan|inf|infinite|has diverged|cannot learn)\b", re.IGNORECASE)
 
 Listener = Callable[[Sequence[RunRow]], None]
 
@@ -94,13 +94,15 @@ def cell_key(bench: Bench, cell: Cell) -> str:
 
 
 def has_diverged(error: TrainingError) -> bool:
-    """Whether training stopped because a number was NaN or infinite: a result, and no mistake in the settings.
+    """Whether training stopped because it could not get anywhere: a result, and no mistake in the settings.
+
+    A number was NaN or infinite, the loss went far above chance, or the head got no gradient.
 
     Example:
         >>> has_diverged(TrainingError("The loss is nan at step 3.")), has_diverged(TrainingError("No information."))
         (True, False)
     """
-    return bool(_NOT_FINITE.search(str(error)))
+    return bool(_HOPELESS.search(str(error)))
 
 
 Trained = dict[int, tuple[RunRow, Tensor, Tensor | None]]
@@ -126,7 +128,8 @@ def train_bank(setting: Setting, cells: Sequence[Cell]) -> Trained:
         entries,
         bench.recipe,
         batch_size=bench.batch_size,
-        task=setting.data.task,
+        task=setting.task.name,
+        metrics=setting.task.metrics,
         views=setting.views,
     )
     found: Trained = {}
@@ -155,7 +158,9 @@ def _train_alone(setting: Setting, cell: Cell) -> RunRow:
     batches = ViewBatches(setting.views or (setting.train,), bench.batch_size, cell.order_seed)
     held_out = TensorBatches(setting.validation.features, setting.validation.labels, bench.batch_size)
     try:
-        outcome = finetune(head, batches, held_out, recipe, task=setting.data.task)
+        outcome = finetune(
+            head, batches, held_out, recipe, task=setting.task.name, evaluate_metrics=setting.task.metrics
+        )
     except TrainingError as error:
         if not has_diverged(error):
             raise
@@ -200,11 +205,10 @@ def _row(
 ) -> RunRow:
     scores: dict[str, dict[str, float]] = {"val": {}, "test": {}}
     if status == "finished" and logits_of is not None:
-        metrics = metrics_for(setting.data.task)
         try:
             for name, data in (("val", setting.validation), ("test", setting.test)):
                 if data is not None:
-                    scores[name] = metrics(logits_of(data.features), data.labels)
+                    scores[name] = setting.task.metrics(logits_of(data.features), data.labels)
         except TrainingError:  # logits that are not finite
             scores, status = {"val": {}, "test": {}}, "diverged"
     monitor = setting.bench.recipe.monitor

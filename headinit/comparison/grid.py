@@ -13,7 +13,11 @@ from typing import Any
 from headinit import schemes
 from headinit.config import Settings, settings_from
 from headinit.errors import ConfigError
+from headinit.training.phases import SCHEDULED_POLICIES
 from headinit.training.recipe import Recipe
+
+GRADUAL_STAGES = 3
+"""Stages that `gradual` frees one by one where none are given, as in `conf/freeze/gradual.yaml`."""
 
 Freeze = str | int | Sequence[str] | Mapping[str, Any]
 
@@ -95,6 +99,8 @@ class Grid:
         orders = listed_seeds if order_seeds is None else tuple(_listed("order_seeds", order_seeds, unique=False))
         if len(orders) != len(listed_seeds):
             raise ConfigError(f"order_seeds has {len(orders)} values and seeds {len(listed_seeds)}: give one for each.")
+        if "find" in _listed("lrs", lrs):
+            raise ConfigError("A comparison names its rates, such as optim.lr=[1e-3,1e-2]: find is for one run.")
         rates = tuple(float(lr) for lr in _listed("lrs", lrs))
         decays = tuple(float(decay) for decay in _listed("weight_decays", weight_decays))
         for rate, decay in itertools.product(rates, decays):
@@ -137,19 +143,23 @@ class Grid:
 
 
 def freeze_mapping(freeze: Freeze) -> dict[str, Any]:
-    """Fields of `FreezeSettings` from what `headinit.freeze` takes.
+    """Fields of `FreezeSettings` from what `headinit.freeze` takes, and from the policies that change during a run.
 
     Example:
-        >>> freeze_mapping(2)
-        {'policy': 'stages', 'stages': 2}
+        >>> freeze_mapping(2), freeze_mapping("gradual")
+        ({'policy': 'stages', 'stages': 2}, {'policy': 'gradual', 'stages': 3})
     """
     if isinstance(freeze, Mapping):
-        return dict(freeze)
+        return {**freeze, **({"stages": GRADUAL_STAGES} if _lacks_stages(freeze) else {})}
     if isinstance(freeze, str):
-        return {"policy": freeze}
+        return freeze_mapping({"policy": freeze})
     if isinstance(freeze, int):
         return {"policy": "stages", "stages": freeze}
     return {"policy": "patterns", "patterns": [str(pattern) for pattern in freeze]}
+
+
+def _lacks_stages(freeze: Mapping[str, Any]) -> bool:
+    return freeze.get("policy") == "gradual" and freeze.get("stages") is None
 
 
 def _listed(factor: str, values: Any, unique: bool = True) -> list[Any]:
@@ -190,11 +200,16 @@ def freeze_text(freeze: Mapping[str, Any]) -> str:
     """A freeze policy as tables name it.
 
     Example:
-        >>> freeze_text({"policy": "stages", "stages": 2})
-        'stages(2)'
+        >>> freeze_text({"policy": "stages", "stages": 2}), freeze_text({"policy": "lp_ft", "probe_epochs": 5})
+        ('stages(2)', 'lp_ft(probe_epochs=5)')
     """
-    detail = freeze.get(freeze["policy"])  # stages or patterns, under their own names
-    return freeze["policy"] if detail is None else f"{freeze['policy']}({detail})"
+    policy = freeze["policy"]
+    detail = freeze.get(policy)  # stages or patterns, under their own names
+    if policy in SCHEDULED_POLICIES:
+        usual = {**freeze_mapping(policy), "norm": None}
+        own = [f"{key}={value}" for key, value in freeze.items() if key not in usual or value != usual[key]]
+        detail = ", ".join(own) or None
+    return policy if detail is None else f"{policy}({detail})"
 
 
 def plan_from(config: Mapping[str, Any]) -> tuple[Settings, Grid]:
@@ -247,4 +262,4 @@ def _freeze_from(freeze: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         return {**found, "stages": options.get("stages") or 1, "norm": options.get("norm")}
     if freeze == "patterns":
         return {**found, "patterns": options.get("patterns") or [], "norm": options.get("norm")}
-    return {**found, "norm": options.get("norm")} if freeze == "none" else found
+    return {**found, "norm": options.get("norm")} if freeze in ("none", *SCHEDULED_POLICIES) else found

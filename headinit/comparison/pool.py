@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from headinit.data.splits import DataSplits, LazyItems, Split
+from headinit.data.splits import DataSplits, Split, joined
 from headinit.errors import DataError
 from headinit.features.extract import FeatureSet
 
@@ -33,21 +32,12 @@ class FeaturePool:
                 self.rows[part.names[i]] = len(self.rows)
             if unseen:
                 fresh.append(part if len(unseen) == len(part) else part.select(unseen))
-        self.features = extract(_united(fresh))
+        self.features = extract(joined(fresh))
 
     def features_of(self, split: Split) -> FeatureSet:
         """Features and labels of a split."""
         rows = torch.tensor([self.rows[name] for name in split.names])
         return FeatureSet(self.features[rows], split.labels, self.num_classes, split.fingerprint)
-
-
-def _united(parts: Sequence[Split]) -> Split:
-    """The examples of several splits, one after the other; nothing is read."""
-    places = [(part, i) for part in parts for i in range(len(part))]
-    items = LazyItems(lambda k: places[k][0].items[places[k][1]], range(len(places)))
-    fingerprint = hashlib.sha256("|".join(part.fingerprint for part in parts).encode()).hexdigest()
-    names = [name for part in parts for name in part.names]
-    return Split(items, torch.cat([part.labels for part in parts]), names, fingerprint)
 
 
 def with_own_names(splits: DataSplits) -> DataSplits:

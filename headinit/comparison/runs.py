@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import itertools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headinit.analysis.results import RunRow
+from headinit.analysis.results import RESULT_FILE, RunRow
 from headinit.comparison.bench import Bench
 from headinit.comparison.frozen import cell_key, has_diverged
 from headinit.comparison.grid import Cell, cell_settings, freeze_text
@@ -40,9 +46,17 @@ def check_ordinary_cells(bench: Bench, cells: Sequence[Cell], folder: Path | Non
 
 
 def run_ordinary_cells(
-    bench: Bench, cells: Sequence[Cell], store: CellStore, folder: Path, console: Console | None
+    bench: Bench,
+    cells: Sequence[Cell],
+    store: CellStore,
+    folder: Path,
+    console: Console | None,
+    workers: int = 1,
+    keep_models: bool = True,
 ) -> list[RunRow]:
     """Fine-tuning runs, each in its own folder, where it is resumed, or skipped when it is done."""
+    if workers > 1 and len(cells) > 1:
+        _run_in_processes(bench, cells, folder, workers, keep_models)
     rows = []
     for cell in cells:
         assert bench.settings is not None
@@ -50,8 +64,47 @@ def run_ordinary_cells(
         key = hashlib.sha256(f"{cell_key(bench, cell)}|{run_id(as_mapping(settings))}".encode()).hexdigest()
         if key not in store.rows:
             store.add({key: _ordinary_row(settings, cell, folder, bench, console)})
+            if not keep_models:
+                _drop_models(run_folder(settings, folder))
         rows.append(store.rows[key])
     return rows
+
+
+def _run_in_processes(bench: Bench, cells: Sequence[Cell], folder: Path, workers: int, keep_models: bool) -> None:
+    """Run the cells in processes of their own, the cores shared among them; each leaves its result in its folder."""
+    assert bench.settings is not None
+    settings = [cell_settings(bench.settings, cell) for cell in cells]
+    missing = [own for own in settings if not (run_folder(own, folder) / RESULT_FILE).is_file()]
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        configs = [as_mapping(own) for own in missing]
+        for _ in pool.map(_run_quietly, configs, itertools.repeat(folder), itertools.repeat(keep_models)):
+            pass
+
+
+def _run_quietly(config: Mapping[str, Any], folder: Path, keep_models: bool) -> None:
+    """One run in a process of its own. A run that diverges is looked at again by the process that asked for it."""
+    from rich.console import Console
+
+    settings = settings_from(config)
+    settings.trainer.progress = False
+    with open(os.devnull, "w") as nowhere, suppress(TrainingError):
+        run(settings, run_folder(settings, folder), Console(file=nowhere))
+        if not keep_models:
+            _drop_models(run_folder(settings, folder))
+
+
+def _drop_models(folder: Path) -> None:
+    """Leave the result of a finished run, without the weights that it would go on from."""
+    for weights in ("checkpoint", "model"):
+        shutil.rmtree(folder / weights, ignore_errors=True)
+
+
+def run_folder(settings: Settings, folder: Path) -> Path:
+    """Where the run of a cell is kept."""
+    return folder / "runs" / run_id(as_mapping(settings))
 
 
 def _ordinary_row(settings: Settings, cell: Cell, folder: Path, bench: Bench, console: Console | None) -> RunRow:
@@ -59,7 +112,7 @@ def _ordinary_row(settings: Settings, cell: Cell, folder: Path, bench: Bench, co
     validation = data.validation.labels
     majority = torch.bincount(validation).max().item() / len(validation) if data.task == "single_label" else None
     try:
-        record = run(settings, folder / "runs" / run_id(as_mapping(settings)), console)
+        record = run(settings, run_folder(settings, folder), console)
     except TrainingError as error:
         if not has_diverged(error):
             raise

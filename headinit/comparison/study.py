@@ -32,12 +32,22 @@ from headinit.config import Settings, as_mapping, settings_from
 from headinit.data.loading import Batches
 from headinit.data.splits import DataSplits, Split, divide
 from headinit.errors import ConfigError, DataError
-from headinit.experiment import apply_freeze, attach_new_head, load_model, load_splits, recipe_of, trains_on_features
+from headinit.experiment import (
+    PLACEHOLDER,
+    apply_freeze,
+    attach_new_head,
+    load_model,
+    load_splits,
+    recipe_of,
+    trains_on_features,
+)
 from headinit.features.cache import FeatureCache, describe_setting, tensors_digest, weights_digest
 from headinit.features.extract import FeatureSet, extract_features
-from headinit.heads.record import record_of
+from headinit.heads.locate import find_head
+from headinit.heads.record import PretrainedHeads, keep_pretrained_heads, record_of
 from headinit.seeding import global_generators_kept
 from headinit.training.checkpoint import run_lock
+from headinit.training.head_bank import beyond_bank
 from headinit.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -70,6 +80,7 @@ def compare(
     folder: str | os.PathLike[str] | None = None,
     cache: FeatureCache | str | os.PathLike[str] | None = None,
     margin: float = 0.005,
+    workers: int = 1,
     progress: bool = False,
 ) -> Comparison:
     """Compare initialisations of a head on your data: every combination is a run, all of them on one pass.
@@ -87,7 +98,8 @@ def compare(
         seeds: of the head: a number of them, or a list. `order_seeds`, one for each, are of the order of the examples;
             None takes the same.
         split_seeds: of validation splits and subsets.
-        freezes: freeze policies (`headinit.freeze`); other than ``"all"`` needs model and data by name, and a folder.
+        freezes: freeze policies (`headinit.freeze`), ``"lp_ft"`` and ``"gradual"`` (`headinit.training.phases`); other
+            than ``"all"`` needs model and data by name, and a folder.
         epochs, batch_size: of training. `recipe` sets all the rest; its epochs are replaced by `epochs`.
         validation: data that select, as `data` is given; or a share (None: a fifth) of the training data.
         test: data that are reported.
@@ -97,6 +109,7 @@ def compare(
         folder: where finished cells are kept, so that a comparison can be interrupted; None keeps nothing.
         cache: folder of features kept between comparisons.
         margin: difference of the metric that does not matter.
+        workers: processes that share the runs which train more than a head.
         progress: show progress on the terminal.
 
     Raises:
@@ -120,14 +133,18 @@ def compare(
         per_class=per_class,
         freezes=freezes,
     )
-    recipe = dataclasses.replace(recipe or Recipe(monitor=primary_metric(task)), epochs=epochs)
+    given, recipe = recipe, dataclasses.replace(recipe or Recipe(monitor=primary_metric(task)), epochs=epochs)
     target = None if folder is None else Path(folder)
     store = cache if isinstance(cache, FeatureCache) or cache is None else FeatureCache(Path(cache))
     if isinstance(model_or_features, (str, Mapping)) and isinstance(data, (str, Mapping)):
         settings = _settings_for(
             _named(model_or_features), _named(data), recipe, batch_size, head, head_options, progress
         )
-        return compare_settings(settings, grid, target, cache=store, views=views, margin=margin, progress=progress)
+        if given is None:
+            settings.trainer.monitor = None  # what the data are decides
+        return compare_settings(
+            settings, grid, target, cache=store, views=views, margin=margin, workers=workers, progress=progress
+        )
     bench = _bench_in_memory(
         model_or_features, data, validation, test, grid, recipe, batch_size, head, head_options, task, class_names,
         name, store, progress,
@@ -144,6 +161,8 @@ def compare_settings(
     cache: FeatureCache | None = None,
     views: int = 0,
     margin: float = 0.005,
+    workers: int = 1,
+    keep_models: bool = True,
     progress: bool = False,
     console: Console | None = None,
 ) -> Comparison:
@@ -157,6 +176,8 @@ def compare_settings(
         views: with data that are augmented: train frozen heads on the features of this many augmented views, a view an
             epoch in turn. 0 makes every cell on augmented data a run of its own, with other pictures in every epoch.
         margin: difference of the metric that does not matter.
+        workers: processes that share the cells which are runs of their own; the cores are divided among them.
+        keep_models: whether these runs keep their weights and checkpoints when they have finished.
         progress: show a bar while features are extracted and a table while heads are trained.
         console: where to; None is the terminal.
 
@@ -166,7 +187,7 @@ def compare_settings(
     cells = grid.cells()
     bench = _bench_of(settings, grid, cache, progress, views)
     configuration = {"settings": as_mapping(settings), "grid": plain(grid)}
-    return _compare(bench, cells, folder, margin, configuration, progress, console)
+    return _compare(bench, cells, folder, margin, configuration, progress, console, workers, keep_models)
 
 
 def _compare(
@@ -177,6 +198,8 @@ def _compare(
     configuration: Mapping[str, Any],
     progress: bool,
     console: Console | None,
+    workers: int = 1,
+    keep_models: bool = True,
 ) -> Comparison:
     on_features = [cell for cell in cells if cell.frozen and bench.on_features]
     others = [cell for cell in cells if not (cell.frozen and bench.on_features)]
@@ -197,7 +220,7 @@ def _compare(
             train_frozen_cells(bench, on_features, store, listener)
         rows += [store.rows[key] for key in keys]
         if folder is not None:
-            rows += run_ordinary_cells(bench, others, store, folder, console)
+            rows += run_ordinary_cells(bench, others, store, folder, console, workers, keep_models)
         starts, winner = report_details(bench, on_features, rows) if on_features else (None, None)
     return Comparison(tuple(rows), bench.recipe.monitor, starts, winner, configuration, margin)
 
@@ -242,6 +265,8 @@ def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progre
     data = splits_of(first.split_seed)
     backbone = load_model(base, data)
     model = attach_new_head(base, data, backbone)
+    for init in grid.inits:
+        attach.check_init(model, dict(init))
     apply_freeze(model, base)
     preprocessing = backbone.require_preprocessing()
 
@@ -278,8 +303,10 @@ def _bench_of(settings: Settings, grid: Grid, cache: FeatureCache | None, progre
         model, identity, splits_of, pool, recipe_of(base, data.task, data.class_names), base.trainer.batch_size, base
     )
     bench.view_pools = view_pools
+    in_a_bank = data.task in BANK_TASKS and beyond_bank(bench.recipe) is None
+    own_epochs = base.trainer.rule is not None or base.trainer.steps_per_epoch is not None
     bench.on_features = (
-        trains_on_features(model, dataclasses.replace(base, data=plain_data)) and data.task in BANK_TASKS
+        in_a_bank and not own_epochs and trains_on_features(model, dataclasses.replace(base, data=plain_data))
     )
     return bench
 
@@ -355,10 +382,14 @@ def _bench_in_memory(
 ) -> Bench:
     """Features that are given, or that a given model makes of given data."""
     model = model_or_features
+    old_heads: PretrainedHeads = {}
     if isinstance(model, (str, Mapping)):
         from headinit.backbones.load import load_backbone
 
-        model = load_backbone(**_named(model)).model
+        backbone = load_backbone(**_named(model))
+        model, old_heads = backbone.model, attach.pretrained_classifiers(backbone)
+    elif isinstance(model, nn.Module):
+        old_heads = attach.pretrained_classifiers(model)
     if isinstance(model, FeatureSet):
         if data is not None:
             raise ConfigError("A FeatureSet holds its labels: leave out data=, and give validation= and test= as such.")
@@ -396,9 +427,13 @@ def _bench_in_memory(
     first = grid.inits[0]
     waits = schemes.as_scheme(dict(first)).needs_data
     attached = attach.attach_head(
-        bare, classes, init="zeros" if waits else dict(first), head=head, head_options=head_options, task=task,
+        bare, classes, init=PLACEHOLDER if waits else dict(first), head=head, head_options=head_options, task=task,
         pretrained=True,
     )  # fmt: skip
+    old_head = None if model is None else old_heads.get(find_head(model)[0].path)
+    keep_pretrained_heads(attached, {} if old_head is None else {record_of(attached).sites[0].path: old_head})
+    for init in grid.inits:
+        attach.check_init(attached, dict(init))
     if task not in BANK_TASKS:
         raise ConfigError(f"compare takes the tasks {', '.join(BANK_TASKS)}; task={task} needs model and data by name.")
     identity = f"features of width {width}"  # what they are is in the fingerprints of the splits

@@ -7,7 +7,9 @@ import math
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-AUGMENTATIONS = ("none", "basic", "trivial_augment")
+AUGMENTATIONS = ("none", "crop", "basic", "trivial_augment")
+
+CROP_MARGIN = 32  # pixels that "crop" has to choose among, as 256 to 224, 160 to 128 and 512 to 480 in common recipes
 
 MAGNITUDES = 31  # levels of TrivialAugmentWide
 # operation: (largest magnitude, whether it has a sign)
@@ -56,6 +58,24 @@ def random_resized_crop(
     cropped = image.crop((left, top, left + width, top + height))
     resized = cropped.resize((size[1], size[0]), interpolation)
     return ImageOps.mirror(resized) if torch.rand((), generator=generator) < 0.5 else resized
+
+
+def random_crop(
+    image: Image.Image, size: tuple[int, int], interpolation: Image.Resampling, generator: torch.Generator
+) -> Image.Image:
+    """A picture resized to `CROP_MARGIN` pixels more than `size` (H, W), a random part of that size, mirrored or not.
+
+    The milder augmentation of BiT (Kolesnikov et al., 2020): everything stays in view but a margin.
+
+    Example:
+        >>> random_crop(Image.new("RGB", (9, 9)), (4, 6), Image.Resampling.BILINEAR, torch.Generator()).size
+        (6, 4)
+    """
+    height, width = size
+    resized = image.resize((width + CROP_MARGIN, height + CROP_MARGIN), interpolation)
+    left, top = torch.randint(CROP_MARGIN + 1, (2,), generator=generator).tolist()
+    cropped = resized.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(cropped) if torch.rand((), generator=generator) < 0.5 else cropped
 
 
 def random_crop_box(

@@ -64,14 +64,20 @@ def load_digits(*, validation: float | int = 0.2, seed: int = 0) -> DataSplits:
         >>> len(splits.train), len(splits.validation), len(splits.test)
         (1079, 359, 359)
     """
-    from sklearn.datasets import load_digits as read_digits
-
-    digits = read_digits()
-    pictures = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    pictures = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    labels = torch.from_numpy(table[:, -1].astype(np.int64))
     digest = hashlib.sha256(pictures.tobytes() + labels.numpy().astype("<i8").tobytes()).hexdigest()
     whole = Split(list(pictures), labels, [f"digits example {i}" for i in range(len(labels))], digest)
     return _divided(whole, tuple(str(k) for k in range(10)), "image", "digits", validation, seed)
+
+
+def _digits_file() -> Path:
+    """The table that scikit-learn brings, without the second that importing scikit-learn takes."""
+    spec = importlib.util.find_spec("sklearn")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("data=digits reads a file of scikit-learn, which is not installed: pip install scikit-learn.")
+    return Path(next(iter(spec.submodule_search_locations)), "datasets", "data", "digits.csv.gz")
 
 
 def load_pydocs(*, sentences_per_library: int = 400, validation: float | int = 0.2, seed: int = 0) -> DataSplits:

@@ -9,7 +9,7 @@ from typing import Any
 from headinit.data.builtin import load_digits, load_pydocs
 from headinit.data.folders import load_imagefolder
 from headinit.data.hub import load_hub
-from headinit.data.splits import DataSplits, check_splits, with_subset
+from headinit.data.splits import DataSplits, check_splits, with_subset, with_test_share, with_validation_joined
 from headinit.data.tables import load_table
 from headinit.data.tokens import load_tokens
 from headinit.data.torchvision_sets import load_torchvision
@@ -31,8 +31,10 @@ def load_data(
     *,
     seed: int = 0,
     validation: float | int = 0.2,
+    test: float | int | None = None,
     per_class: int | None = None,
     train_size: float | int | None = None,
+    join_validation: bool = False,
     **options: Any,
 ) -> DataSplits:
     """The splits of a data set, checked.
@@ -42,8 +44,12 @@ def load_data(
         seed: of the splits and subsets (not of training).
         validation: share (float) or number (int) of training examples that select, where the data bring no such split;
             stratified by class.
+        test: share or number of training examples (after validation) that are held out to report on, where the data
+            bring no such split; None leaves it at that.
         per_class: keep this many training examples of each class; a smaller choice is contained in a larger one.
         train_size: keep this many (int) or this share (float) of the training examples, stratified.
+        join_validation: train on the validation examples too (before a subset is taken), for a last run when all is
+            chosen.
         **options: of that data set; see `known_options`.
 
     Raises:
@@ -63,6 +69,10 @@ def load_data(
                 raise DataError(f"data={name} has no options of its own: remove data.{option}.")
             raise unknown_name(f"option of data={name}", option, known, DataError)
     splits = check_splits(LOADERS[name](seed=seed, validation=validation, **options))
+    if test is not None:
+        splits = with_test_share(splits, test, seed)
+    if join_validation:
+        splits = with_validation_joined(splits)
     return with_subset(splits, seed=seed, per_class=per_class, train_size=train_size)
 
 

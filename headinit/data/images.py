@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from headinit.data.augmentation import AUGMENTATIONS, random_resized_crop, trivial_augment
+from headinit.data.augmentation import AUGMENTATIONS, random_crop, random_resized_crop, trivial_augment
 from headinit.errors import DataError, unknown_name
 from headinit.seeding import generator_for
 
@@ -136,7 +136,8 @@ class ImagePreprocessing:
 
         Args:
             picture: anything `to_rgb` takes.
-            kind: ``"none"``; ``"basic"`` (random resized crop of 8 % to 100 % of the area, horizontal flip);
+            kind: ``"none"``; ``"crop"`` (resized to 32 pixels more than needed, a random part, horizontal flip);
+                ``"basic"`` (random resized crop of 8 % to 100 % of the area, horizontal flip);
                 ``"trivial_augment"`` (basic, then TrivialAugmentWide, https://arxiv.org/abs/2103.10158).
             seed: decides all random choices; the global generators are not touched.
 
@@ -158,7 +159,10 @@ class ImagePreprocessing:
         if kind == "none":
             return self.pixels(picture)
         generator = generator_for(seed, "augmentation")
-        image = random_resized_crop(to_rgb(picture), self.size, INTERPOLATIONS[self.interpolation], generator)
+        interpolation = INTERPOLATIONS[self.interpolation]
+        if kind == "crop":
+            return _tensor_of(random_crop(to_rgb(picture), self.size, interpolation, generator))
+        image = random_resized_crop(to_rgb(picture), self.size, interpolation, generator)
         return _tensor_of(trivial_augment(image, generator) if kind == "trivial_augment" else image)
 
     def normalise(self, pixels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -51,7 +52,7 @@ class Batches:
         preprocessing: the backbone's own, `ImagePreprocessing` or `TextPreprocessing`.
         batch_size: examples in a batch; the last batch may be smaller.
         shuffle_seed: another order in every epoch; None keeps the order of the split.
-        augmentation: none, basic or trivial_augment, for pictures.
+        augmentation: none, crop, basic or trivial_augment, for pictures.
         bucket: put texts of similar length together, so that less is padded.
         workers: threads that decode pictures ahead; 0 decodes when a batch is asked for.
         cache_decoded: keep decoded pictures (before normalisation) in memory, up to 2 GiB, where nothing is augmented.
@@ -86,6 +87,7 @@ class Batches:
         self.split, self.preprocessing, self.batch_size = split, preprocessing, batch_size
         self.shuffle_seed, self.augmentation, self.bucket = shuffle_seed, augmentation, bucket
         self.workers, self.drop_last = workers, drop_last
+        self._reads = True
         self._cache = self._new_cache() if cache_decoded and preprocessing.modality == "image" else None
 
     def __len__(self) -> int:
@@ -95,15 +97,29 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on (those before are not read)."""
-        chosen = self.order(epoch)[start:]
+    def epoch(self, epoch: int, start: int = 0, step: int = 1) -> Iterator[Batch]:
+        """The batches of one epoch: batch `start` and every `step`-th after it (the others are not read)."""
+        chosen = self.order(epoch)[start::step]
         if isinstance(self.preprocessing, TextPreprocessing):
             for index in chosen:
                 yield Batch(self.preprocessing.pad(self._encoded, index), self._labels(index), index)
             return
+        if not self._reads:
+            for index in chosen:
+                nothing = torch.zeros(()).expand(len(index), 3, *self.preprocessing.size)
+                yield Batch(nothing, self.split.labels[index], index)
+            return
         for index, pixels in self._decoded(chosen, epoch):
             yield Batch(self.preprocessing.normalise(pixels), self.split.labels[index], index)
+
+    @contextmanager
+    def unread(self) -> Iterator[None]:
+        """Within the block pictures are not read: batches hold zeros of their shape, which take no memory."""
+        self._reads = False
+        try:
+            yield
+        finally:
+            self._reads = True
 
     def order(self, epoch: int) -> list[Tensor]:
         """Which examples make up each batch of an epoch: `(B,)` int64 each, every example once."""
@@ -189,6 +205,48 @@ class Batches:
             logger.info("Decoded pictures are not kept: they need %.1f GiB, more than 2.", needed / 2**30)
             return None
         return [None] * len(self.split)
+
+
+class CycledBatches:
+    """Batches whose epoch is a number of batches, not a pass: the passes go on where the last epoch left off.
+
+    Args:
+        batches: `Batches` or `TensorBatches`.
+        length: batches in an epoch.
+
+    Example:
+        >>> cycled = CycledBatches(TensorBatches(torch.eye(3), torch.arange(3), batch_size=2), length=3)
+        >>> [[batch.labels.tolist() for batch in cycled.epoch(e)] for e in range(2)]
+        [[[0, 1], [2], [0, 1]], [[2], [0, 1], [2]]]
+    """
+
+    def __init__(self, batches: Any, length: int) -> None:
+        if length < 1:
+            raise DataError(f"An epoch must have at least 1 batch, got {length}.")
+        self._batches, self._length = batches, length
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._batches, name)  # split, batch_size, ...: what tells these batches from others
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on (those before are not read)."""
+        done, end = epoch * self._length + start, (epoch + 1) * self._length
+        while done < end:
+            a_pass, offset = divmod(done, len(self._batches))
+            for batch in self._batches.epoch(a_pass, start=offset):
+                yield batch
+                done += 1
+                if done == end:
+                    return
 
 
 class TensorBatches:

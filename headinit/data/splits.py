@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from headinit.errors import DataError
 from headinit.seeding import generator_for
@@ -321,6 +322,64 @@ def with_subset(
     if train_size is not None:
         return replace(splits, train=take_share(splits.train, train_size, seed))
     return splits
+
+
+def with_validation_joined(splits: DataSplits) -> DataSplits:
+    """The same task with the validation examples among the training examples: for a last run, when all is chosen.
+
+    The validation split stays as it is; its scores are then of examples that training has seen.
+
+    Raises:
+        DataError: there is no test split, so nothing unseen would be left.
+
+    Example:
+        >>> split = Split(["a", "b"], torch.tensor([0, 1]), ["1", "2"], "")
+        >>> len(with_validation_joined(DataSplits(split, split, split, ("x", "y"), "text", "demo")).train)
+        4
+    """
+    if splits.test is None:
+        raise DataError(
+            f"data.join_validation=true trains on the validation examples too, and {splits.name} has no test split: "
+            "nothing unseen is left to report on."
+        )
+    return replace(splits, train=joined([splits.train, splits.validation]))
+
+
+def joined(parts: Sequence[Split]) -> Split:
+    """The examples of several splits, one after the other; nothing is read."""
+    places = [(part, i) for part in parts for i in range(len(part))]
+    items: Sequence[Any] = LazyItems(lambda k: places[k][0].items[places[k][1]], range(len(places)))
+    if not any(isinstance(part.items, LazyItems) for part in parts):
+        items = [part.items[i] for part, i in places]
+    widths = [part.labels.shape[1] for part in parts if part.labels.ndim == 2]
+    labels = [
+        pad(part.labels, (0, max(widths) - part.labels.shape[1]), value=-100) if widths else part.labels
+        for part in parts
+    ]
+    fingerprint = hashlib.sha256("|".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Split(items, torch.cat(labels), [name for part in parts for name in part.names], fingerprint)
+
+
+def with_test_share(splits: DataSplits, share: float | int, seed: int) -> DataSplits:
+    """The same task with a share of its training examples held out to report on.
+
+    Raises:
+        DataError: there is a test split already, or the share does not fit.
+
+    Example:
+        >>> split = Split(list("abcd"), torch.tensor([0, 0, 1, 1]), ["n"] * 4, "")
+        >>> task = DataSplits(split, split, None, ("x", "y"), "text", "demo")
+        >>> held_out = with_test_share(task, 0.5, seed=0)
+        >>> len(held_out.train), held_out.test.labels.tolist()
+        (2, [0, 1])
+    """
+    if splits.test is not None:
+        raise DataError(
+            f"data.test={share} asks for a part of the training examples to report on, but {splits.name} has a test "
+            f"split of {len(splits.test)} examples. Leave data.test at null."
+        )
+    train, test = divide(splits.train, share, seed, "test")
+    return replace(splits, train=train, test=test)
 
 
 def _strata(labels: Tensor) -> np.ndarray:

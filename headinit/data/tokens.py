@@ -115,6 +115,18 @@ def read_sentences(path: Path, encoding: str = "utf-8-sig") -> list[Sentence]:
     return sentences
 
 
+def read_words(path: Path, encoding: str = "utf-8-sig") -> list[Sentence]:
+    """The sentences of a CoNLL file without their tags, which need not be there: the first column of each line.
+
+    Raises:
+        DataError: the file cannot be read or holds no word.
+    """
+    sentences = _from_columns(path, read_text(path, encoding), tagged=False)
+    if not sentences:
+        raise DataError(f"{path} holds no sentence.")
+    return sentences
+
+
 def encode_tags(sentences: Sequence[Sentence], class_names: Sequence[str], path: Path) -> Tensor:
     """Tags as class numbers: `(N, W)` int64, W the most words of a sentence, -100 behind the last word.
 
@@ -135,7 +147,7 @@ def encode_tags(sentences: Sequence[Sentence], class_names: Sequence[str], path:
     return labels
 
 
-def _from_columns(path: Path, text: str) -> list[Sentence]:
+def _from_columns(path: Path, text: str, tagged: bool = True) -> list[Sentence]:
     sentences: list[Sentence] = []
     rows: list[tuple[int, str, str]] = []
     for number, line in enumerate([*text.split("\n"), ""], 1):
@@ -150,7 +162,7 @@ def _from_columns(path: Path, text: str) -> list[Sentence]:
         columns = [part.strip() for part in line.split("\t" if "\t" in line else " ") if part.strip()]
         if columns[0] == "-DOCSTART-":
             continue
-        if len(columns) < 2:
+        if tagged and len(columns) < 2:
             raise DataError(
                 f"{path} line {number} holds one column ({line.strip()!r}): each line needs a word and its tag, parted "
                 "by a space or a tab."

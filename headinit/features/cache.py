@@ -181,8 +181,14 @@ class CacheEntry:
             yield True
             return
         path = self.cache.folder / f"{self.folder.name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:  # what is there can still be read
+            logger.warning("The feature cache cannot be written, going on without it: %s", error)
+            yield False
+            return
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headinit.data.loading import Batches
 from headinit.errors import DataError, HeadError, unknown_name
 from headinit.features.acceleration import accelerate, pays
 from headinit.features.cache import (
@@ -23,8 +24,10 @@ from headinit.features.cache import (
     joined,
     tensors_digest,
 )
+from headinit.features.sharing import extract_together
 from headinit.heads.locate import capture_head_input, evaluating, find_head
 from headinit.heads.record import HeadSite, call_model, has_record, record_of, unwrap
+from headinit.processes import process_count, process_index
 
 PRECISIONS = ("fp32", "bf16", "auto")
 SPEEDS = ("auto", "plain")
@@ -329,17 +332,30 @@ class _Request:
 
     def stream(self, skip: int = 0, row: int = 0, precision: str | None = None) -> Iterator[FeatureBatch]:
         """The batches from number `skip`, example `row`, on; in the precision that those before had."""
+        return (part for _, part in self.numbered(skip, row, precision))
+
+    def share(self, skip: int, row: int, precision: str | None) -> Iterator[tuple[int, FeatureBatch]]:
+        """Of the same batches those of this process, with their numbers."""
+        return self.numbered(skip, row, precision, every=process_count(), turn=process_index())
+
+    def numbered(
+        self, skip: int, row: int, precision: str | None, every: int = 1, turn: int = 0
+    ) -> Iterator[tuple[int, FeatureBatch]]:
+        """The batches `skip + turn`, `skip + turn + every`, ... with their numbers."""
         precision = precision or self.precision
         total = len(self.batches) if hasattr(self.batches, "__len__") else None
         run: Runner | None = None
         with _reporting(self.progress, total, skip) as report:
-            for number, batch in enumerate(_batches_from(self.batches, self.epoch, skip), start=skip):
+            for number, batch in _batches_from(self.batches, self.epoch, skip, every, turn):
                 inputs, labels, index = split_batch(batch)
+                if (number - skip) % every != turn:  # another process's, read because it could not be left out
+                    row += len(labels)
+                    continue
                 inputs = to_model(inputs, self.model)
                 if run is None:
                     run, precision = _choose_runner(self.model, self.site, inputs, precision, self.speed, total)
                 index = torch.arange(row, row + len(labels)) if index is None else index
-                yield _rows(run(inputs), labels, index, self.site, precision)
+                yield number, _rows(run(inputs), labels, index, self.site, precision)
                 row += len(labels)
                 report(number + 1)
 
@@ -362,13 +378,15 @@ class _Request:
                 writer.finish()
 
 
-def _batches_from(batches: Any, epoch: int, skip: int) -> Iterator[Any]:
-    """The batches of an epoch from number `skip` on; those before are not read where the data can do without."""
+def _batches_from(batches: Any, epoch: int, skip: int, every: int, turn: int) -> Iterator[tuple[int, Any]]:
+    """The batches of an epoch from number `skip` on, numbered; what is not wanted is not read where the data allow."""
     if isinstance(batches, TensorPair):
-        return batches.from_batch(skip)
+        return enumerate(batches.from_batch(skip), start=skip)
+    if isinstance(batches, Batches):
+        return zip(itertools.count(skip + turn, every), batches.epoch(epoch, skip + turn, every))
     if hasattr(batches, "epoch"):
-        return batches.epoch(epoch, skip) if skip else batches.epoch(epoch)
-    return itertools.islice(iter(batches), skip, None)
+        return enumerate(batches.epoch(epoch, skip) if skip else batches.epoch(epoch), start=skip)
+    return enumerate(itertools.islice(iter(batches), skip, None), start=skip)
 
 
 def _rows(features: Tensor, labels: Tensor, index: Tensor, site: HeadSite, precision: str) -> FeatureBatch:
@@ -452,6 +470,7 @@ def extract_features(
     cache: FeatureCache | None = None,
     fingerprint: str | None = None,
     progress: bool | Progress = False,
+    shared: bool = False,
 ) -> FeatureSet:
     """The features of `data`, exactly as the model's head receives them: feature times head gives the logits.
 
@@ -475,6 +494,8 @@ def extract_features(
         fingerprint: digest of the data, for iterables that do not bring one and are to be cached.
         progress: True for a progress bar with the time left, or a function called with (batches done, batches in all or
             None, seconds left or None).
+        shared: the processes of a distributed run, all of which make this call, run the model over every n-th batch
+            each, and all get all features. Only the first one uses the cache.
 
     Raises:
         HeadError: no head was found, or none that receives one feature vector an example.
@@ -489,8 +510,12 @@ def extract_features(
         return data
     request = _Request.of(model, data, site, batch_size, epoch, precision, speed, progress)
     key = "" if cache is None else request.key(fingerprint)
-    hit = cache is not None and cache.entry(key).check()
-    parts = list(request.stream() if cache is None else request.stream_cached(cache.entry(key)))
+    entry = None if cache is None else cache.entry(key)
+    if shared and process_count() > 1:
+        parts, hit = extract_together(request.share, entry)
+    else:
+        hit = entry is not None and entry.check()
+        parts = list(request.stream() if entry is None else request.stream_cached(entry))
     if not any(len(part.index) for part in parts):
         raise DataError("Cannot extract features: the data hold no example.")
     features, labels = _in_order(joined(parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -52,6 +52,29 @@ class Rotation:
         """Weights `(K, r)` and bias `(K,)` on q as weights `(K, d)` and bias on x, in float64."""
         unrotated = (weight.to(torch.float64) @ self.axes.T) * self.scale
         return unrotated, bias.to(torch.float64) - unrotated @ self.offset
+
+
+@dataclass
+class Rotations:
+    """The axes of raw and of standardised features, each computed when it is first asked for and then kept.
+
+    Attributes:
+        moments: moments of the features.
+        features: `(N, d)` the features themselves, if they are at hand.
+        centre: take the axes about the mean; about 0 for a head without bias.
+    """
+
+    moments: Moments
+    features: Tensor | None
+    centre: bool = True
+    found: dict[str, Rotation] = field(default_factory=dict)
+
+    def __call__(self, features: str) -> Rotation:
+        """The axes of ``"raw"`` or ``"standardised"`` features."""
+        if features not in self.found:
+            standardise = features == "standardised"
+            self.found[features] = rotation_of(self.moments, self.features, standardise=standardise, centre=self.centre)
+        return self.found[features]
 
 
 def rotation_of(

@@ -29,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 NORMS = ("none", "layer", "batch")
 POOLINGS = ("cls", "pooler", "mean", "max", "last")
+PROXY_POOLINGS = ("logsumexp", "max")
 
 
 def output_layer(head: nn.Module) -> nn.Module:
@@ -218,6 +219,68 @@ def _cosine(
     return CosineHead(inputs, outputs, scale, eps)
 
 
+# --- several proxies per class ----------------------------------------------------------------------------------------
+
+
+def pool_proxies(scores: Tensor, proxies: int, pooling: str = "logsumexp") -> Tensor:
+    """Class logits `(..., K)` from the scores `(..., K * m)` of m proxies per class.
+
+    Example:
+        >>> pool_proxies(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2, "max").tolist()
+        [[3.0, 2.0]]
+    """
+    grouped = scores.unflatten(-1, (-1, proxies))
+    return grouped.amax(dim=-1) if pooling == "max" else torch.logsumexp(grouped, dim=-1)
+
+
+class ProxyHead(nn.Module):
+    """m rows per class, whose class logit is the log-sum-exp or the maximum of their scores (IMPRINT, TMLR 2025).
+
+    Attributes:
+        output: the layer of K m rows; row k m + j is proxy j of class k.
+    """
+
+    def __init__(self, output: nn.Linear, proxies: int, pooling: str) -> None:
+        super().__init__()
+        self.output = output
+        self.proxies, self.pooling = proxies, pooling
+
+    @property
+    def in_features(self) -> int:
+        """Width d of the features."""
+        return self.output.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of logits K."""
+        return self.output.out_features // self.proxies
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits `(..., K)` of features `(..., d)`."""
+        return pool_proxies(self.output(features), self.proxies, self.pooling)
+
+
+def _multi_proxy(
+    inputs: int,
+    outputs: int,
+    bias: bool,
+    like: nn.Module | None,
+    *,
+    proxies: int = 4,
+    pooling: str = "logsumexp",
+) -> nn.Module:
+    if isinstance(like, nn.Conv2d):
+        raise HeadError(
+            "A multi_proxy head needs pooled features, and this model's head is a convolution. Use linear or mlp."
+        )
+    if isinstance(proxies, bool) or not isinstance(proxies, int) or proxies < 1:
+        raise HeadError(f"A multi_proxy head needs proxies of at least 1 per class, got {proxies!r}.")
+    if pooling not in PROXY_POOLINGS:
+        raise unknown_name("pooling of the multi_proxy head", pooling, PROXY_POOLINGS, HeadError)
+    # The scores are squared distances but for a bias, so there is one whatever the library's own head has.
+    return ProxyHead(nn.Linear(inputs, outputs * proxies, True), proxies, pooling)
+
+
 # --- heads over tokens or positions -----------------------------------------------------------------------------------
 
 
@@ -395,6 +458,7 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "linear": _linear,
     "mlp": _mlp,
     "cosine": _cosine,
+    "multi_proxy": _multi_proxy,
     "attention_pool": _attention_pool,
     "recurrent": _recurrent,
     "conv": _conv,
@@ -414,7 +478,8 @@ def build_head(
     """Build a head of this kind. Its values are for `headinit.attach` to set; torch's defaults stand in it.
 
     Args:
-        kind: ``"linear"``, ``"mlp"``, ``"cosine"``, ``"attention_pool"``, ``"recurrent"`` or ``"conv"``.
+        kind: ``"linear"``, ``"mlp"``, ``"cosine"``, ``"multi_proxy"``, ``"attention_pool"``, ``"recurrent"`` or
+            ``"conv"``.
         in_features: width d of the features.
         num_classes: number of logits K.
         bias: whether the logits have a bias (a cosine head has none).

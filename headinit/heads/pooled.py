@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -132,6 +133,8 @@ def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:
     elif hasattr(backbone, "_process_input"):  # torchvision's VisionTransformer has no method for its tokens alone
         patches = backbone._process_input(*args)
         features = backbone.encoder(torch.cat([backbone.class_token.expand(len(patches), -1, -1), patches], dim=1))
+    elif map_of := _map_function(backbone):
+        features = map_of(backbone, *args)
     else:
         features = _before_pooling(backbone, *args)
     if isinstance(features, tuple):
@@ -141,10 +144,47 @@ def body_features(backbone: Any, *args: Tensor, **inputs: Any) -> Tensor:
     return features
 
 
+# torchvision's models that pool by a function inside `forward`, so that no layer receives their last map, and
+# SqueezeNet, which pools behind its classifier.
+_MAPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "DenseNet": lambda model, x: F.relu(model.features(x)),
+    "MNASNet": lambda model, x: model.layers(x),
+    "MobileNetV2": lambda model, x: model.features(x),
+    "SqueezeNet": lambda model, x: model.features(x),
+    "ShuffleNetV2": lambda m, x: m.conv5(m.stage4(m.stage3(m.stage2(m.maxpool(m.conv1(x)))))),
+}
+
+
+def _map_function(backbone: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
+    origins = [base.__name__ for base in type(backbone).__mro__ if base.__module__.startswith("torchvision.")]
+    return next((_MAPS[name] for name in origins if name in _MAPS), None)
+
+
+def unread_layers(backbone: nn.Module) -> list[str]:
+    """Paths of a torchvision model's layers behind its global pooling, which no feature passes through.
+
+    Example:
+        >>> from torchvision.models import mobilenet_v3_small
+        >>> unread_layers(mobilenet_v3_small())
+        ['classifier.0', 'classifier.3']
+    """
+    paths = [path for path, module in backbone.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    pooling = _pooling_path(backbone)
+    if pooling is None:
+        return []
+    order = [path for path, _ in backbone.named_modules()]
+    return [path for path in paths if order.index(path) > order.index(pooling)]
+
+
 def _pooling_layer(backbone: nn.Module) -> nn.Module | None:
     """The global pooling layer; those of squeeze-and-excitation lie inside the blocks."""
+    path = _pooling_path(backbone)
+    return None if path is None else backbone.get_submodule(path)
+
+
+def _pooling_path(backbone: nn.Module) -> str | None:
     layers = [
-        module
+        path
         for path, module in backbone.named_modules()
         if isinstance(module, nn.AdaptiveAvgPool2d) and path.split(".")[0] in ("avgpool", "classifier")
     ]
@@ -188,15 +228,23 @@ def split_body(model: nn.Module, pooling: str, head: str) -> tuple[nn.Module, in
     if library == "torchvision" and chosen != "pooler":
         if hasattr(model, "_process_input"):
             return model, int(model.hidden_dim), chosen  # type: ignore[arg-type]
-        if _pooling_layer(model) is not None:
-            with evaluating(model):
-                probe = body_features(model, next(model.parameters()).new_zeros(1, 3, 96, 96))
-            return model, probe.shape[1], chosen
+        if _map_function(model) is not None or _pooling_layer(model) is not None:
+            return model, _map_width(model), chosen
     wanted = "a pooler" if chosen == "pooler" else "tokens"
     raise HeadError(
         f"Cannot take {wanted} out of {type(model).__name__} ({library}): models of transformers and timm give tokens, "
         "and those of torchvision that end in a pooling layer. Use head=linear, mlp or cosine with pooling=native."
     )
+
+
+def _map_width(model: nn.Module) -> int:
+    """Channels of a torchvision model's last map, as one picture shows; maxvit takes pictures of one size alone."""
+    parameter = next(model.parameters())
+    with evaluating(model):
+        try:
+            return body_features(model, parameter.new_zeros(1, 3, 96, 96)).shape[1]
+        except RuntimeError:
+            return body_features(model, parameter.new_zeros(1, 3, 224, 224)).shape[1]
 
 
 def _transformers_body(model: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from headinit.errors import HeadError
 
 _ATTRIBUTE = "headinit_record"
+_PRETRAINED_HEADS = "headinit_pretrained_heads"
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,20 @@ def record_of(model: nn.Module) -> HeadRecord:
 def set_record(model: nn.Module, record: HeadRecord) -> None:
     """Store the record on the model; deepcopy and pickle carry it along."""
     setattr(unwrap(model), _ATTRIBUTE, record)
+
+
+PretrainedHeads = Mapping[str, tuple[Tensor, Tensor | None]]
+"""Weight `(S, d)` (of a convolution `(S, d, h, w)`) and bias `(S,)` of pretrained classifiers, by their paths."""
+
+
+def pretrained_heads(model: nn.Module) -> PretrainedHeads:
+    """The classifiers that the model was pretrained with, kept when new heads took their places; empty if none were."""
+    return getattr(unwrap(model), _PRETRAINED_HEADS, {})
+
+
+def keep_pretrained_heads(model: nn.Module, heads: PretrainedHeads) -> None:
+    """Keep the classifiers that the model was pretrained with: no parameters of it, and never saved."""
+    setattr(unwrap(model), _PRETRAINED_HEADS, dict(heads))
 
 
 def call_model(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> Tensor:

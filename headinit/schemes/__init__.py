@@ -17,6 +17,8 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from headinit.errors import SchemeError, unknown_name
 from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme
 
@@ -28,12 +30,22 @@ __all__ = [
     "available",
     "build",
     "defaults",
+    "description_of",
     "modifiers",
     "needs_data",
 ]
 
 # Each file names its schemes in `SCHEMES` and its modifiers, if any, in `MODIFIERS`; they know nothing of each other.
-_FILES = ("variance_scaling", "fixed", "scaling", "prototypes", "least_squares", "linear_probe", "automatic")
+_FILES = (
+    "variance_scaling",
+    "fixed",
+    "scaling",
+    "prototypes",
+    "least_squares",
+    "linear_probe",
+    "automatic",
+    "reinitialise",
+)
 
 
 @functools.cache
@@ -125,6 +137,28 @@ def as_scheme(init: str | Scheme | Mapping[str, Any]) -> Scheme:
         f"Cannot read init={init!r}: give a name ({', '.join(available())}), a mapping with 'name' and options, "
         "or a Scheme."
     )
+
+
+def description_of(scheme: Scheme) -> dict[str, Any]:
+    """Name and options of a scheme as JSON can hold them; of tensors, such as the rows of a classifier, the shape.
+
+    Example:
+        >>> description_of(build("he"))["mode"]
+        'fan_in'
+    """
+    found: dict[str, Any] = {"name": type(scheme).__name__}
+    for field in dataclasses.fields(scheme):
+        if field.compare:
+            value = getattr(scheme, field.name)
+            tensor = isinstance(value, torch.Tensor)
+            found[field.name] = (
+                description_of(value)
+                if isinstance(value, Scheme)
+                else f"tensor {tuple(value.shape)}"
+                if tensor
+                else value
+            )
+    return found
 
 
 def needs_data(name: str, **options: Any) -> bool:

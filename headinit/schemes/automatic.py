@@ -13,6 +13,7 @@ from torch import Tensor
 from headinit.errors import SchemeError, unknown_name
 from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
+from headinit.features.rotation import Rotation, Rotations
 from headinit.schemes.calibration import (
     Calibration,
     calibrate,
@@ -34,8 +35,9 @@ from headinit.schemes.variance_scaling import FixedStd
 
 POLICIES = ("frozen", "finetune")
 
-# Above this many examples x features x classes a probe's path takes minutes, and the closed forms decide alone.
-PROBE_LIMIT = 5e8
+# Above this many examples x classes x (features and the cost of a softmax) a probe's path takes half a minute, and the
+# closed forms decide alone.
+PROBE_LIMIT, SOFTMAX_COST = 1.5e8, 100
 
 # A mixture is taken if it lowers the held-out loss by this share at least: it has one number per family to fit.
 MIXTURE_GAIN = 0.01
@@ -63,7 +65,8 @@ class Auto(Scheme):
     what was chosen and why.
 
     Attributes:
-        policy: ``"frozen"`` or ``"finetune"``, what will be trained afterwards.
+        policy: ``"frozen"`` or ``"finetune"``, what will be trained afterwards; None is ``"frozen"``, and a run puts in
+            what follows from its freeze policy.
         folds: number of folds of the comparison.
         mix: allow mixtures.
         missing: ``"mean"`` gives a class without examples the mean row, ``"error"`` refuses it.
@@ -78,13 +81,13 @@ class Auto(Scheme):
 
     needs_data: ClassVar[bool] = True
     fits_prior: ClassVar[bool] = True
-    policy: str = "frozen"
+    policy: str | None = None
     folds: int = 5
     mix: bool = True
     missing: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
+        if self.policy is not None and self.policy not in POLICIES:
             raise unknown_name("policy", self.policy, POLICIES, SchemeError)
         if self.folds < 2:
             raise SchemeError(f"Option folds={self.folds} of init=auto must be at least 2.")
@@ -108,7 +111,7 @@ class Auto(Scheme):
         if len(examples) < 2 * examples.num_classes or examples.num_classes < 2:
             reason = f"{len(examples)} examples of {examples.num_classes} classes are too few to hold any out"
             return fall_back(shape, generator, moments, reason, notes)
-        contest = Contest.of(examples, present_moments(moments), shape.bias, self, generator)
+        contest = Contest.of(examples, present_moments(moments), shape.bias, self)
         ranking = sorted(contest.entries(), key=lambda entry: entry.fit.loss)
         best, chance = ranking[0], share_loss(contest.moments.counts)
         if best.fit.loss > (1 - CHANCE_GAIN) * chance:
@@ -122,7 +125,7 @@ class Auto(Scheme):
         fit = best.fit if mixture is None else mixture.fit
         notes |= {
             "chosen": best.name if mixture is None else "mixture",
-            "reason": _reason(self.policy, ranking, fit, mixture is not None),
+            "reason": _reason(self.policy or "frozen", ranking, fit, mixture is not None),
             "parts": {entry.name: entry.settings(share) for entry, share in parts},
             "held_out_loss": fit.loss,
             "held_out_accuracy": fit.accuracy,
@@ -176,72 +179,63 @@ class Contest:
     moments: Moments
     intercept: bool
     scheme: Auto
-    seed: int
     rows: Tensor
+    axes: Rotations
 
     @classmethod
-    def of(
-        cls, examples: FeatureSet, moments: Moments, intercept: bool, scheme: Auto, generator: torch.Generator
-    ) -> Contest:
+    def of(cls, examples: FeatureSet, moments: Moments, intercept: bool, scheme: Auto) -> Contest:
         """The contest of these examples, all of whose classes are present."""
-        rows = held_out_rows(examples, generator)
-        return cls(examples, moments, intercept, scheme, generator.initial_seed(), rows)
+        axes = Rotations(moments, examples.features, intercept)
+        return cls(examples, moments, intercept, scheme, held_out_rows(examples), axes)
 
     def entries(self) -> list[Entry]:
         """The best head of each family."""
         found = [self.ridge(), self.lda()]
-        if len(self.examples) * self.moments.width * self.moments.num_classes <= PROBE_LIMIT:
+        cost = len(self.examples) * self.moments.num_classes * (self.moments.width + SOFTMAX_COST)
+        if cost <= PROBE_LIMIT:
             found += self.probes()
         return found
 
     def ridge(self) -> Entry:
         """Ridge at the strength that its leave-one-out loss prefers."""
-        generator = torch.Generator().manual_seed(self.seed)
-        problem = RidgeProblem.of(self.moments, self.examples, self.intercept, generator)
+        problem = RidgeProblem.of(self.moments, self.examples, self.intercept, self.axes)
         best, scale = self._settle(problem.candidates(Ridge()))
 
-        def solve_part(part: FeatureSet) -> tuple[Tensor, Tensor]:
-            small = RidgeProblem.of(Moments.of(part), part, self.intercept, generator)
-            return small.solve(best.features, best.strength * len(part) / len(self.examples))
+        def solve_part(part: Part) -> tuple[Tensor, Tensor]:
+            return part.ridge(best.strength * part.size / len(self.examples), self.intercept)
 
         return Entry(
             "ridge",
             best.features,
             best.strength,
             scale,
-            *self._judge(solve_part),
+            *self._judge(best.features, solve_part),
             lambda: problem.solve(best.features, best.strength),
         )
 
     def lda(self) -> Entry:
         """LDA at the shrinkage that its leave-one-out loss prefers."""
-
-        def problem_of(part: FeatureSet, moments: Moments, rows: Tensor, features: str) -> LDAProblem:
-            return LDAProblem.of(moments, part, rows, standardise=features == "standardised")
-
-        kinds = ("raw", "standardised")
-        problems = {kind: problem_of(self.examples, self.moments, self.rows, kind) for kind in kinds}
-        best, scale = self._settle([c for kind in kinds for c in problems[kind].candidates("loo", kind)])
-
-        def solve_part(part: FeatureSet) -> tuple[Tensor, Tensor]:
-            return problem_of(part, Moments.of(part), self.rows[:0], best.features).solve(best.strength)
-
+        problems = {
+            kind: LDAProblem.of(self.moments, self.examples, self.rows, standardise=kind == "standardised")
+            for kind in ("raw", "standardised")
+        }
+        best, scale = self._settle([c for kind, problem in problems.items() for c in problem.candidates("loo", kind)])
         return Entry(
             "lda",
             best.features,
             best.strength,
             scale,
-            *self._judge(solve_part),
+            *self._judge(best.features, lambda part: part.lda(best.strength, self.moments.width)),
             lambda: problems[best.features].solve(best.strength),
         )
 
     def probes(self) -> list[Entry]:
         """The probe on raw and on standardised features, each at the C that the folds prefer."""
-        problem = ProbeProblem.of(self.examples, self.moments, self.intercept)
+        problem = ProbeProblem.of(self.examples, self.moments, self.intercept, self.axes)
         return [self._probe(problem, features) for features in ("raw", "standardised")]
 
     def _probe(self, problem: ProbeProblem, features: str) -> Entry:
-        path = problem.path(features, self.scheme.folds, torch.Generator().manual_seed(self.seed))
+        path = problem.path(features, self.scheme.folds)
         least = min(path, key=lambda choice: choice.loss)
         best = strongest_near_best(path, self._margin(least.fit))
         assert best.fit is not None
@@ -254,13 +248,16 @@ class Contest:
             best.fit.scale,
             best.fit,
             best.scores[:, usable],
-            lambda: problem.solve(features, best.inverse_strength, 1e-8, 1000)[1:],
+            lambda: problem.solve(features, best.inverse_strength, 1e-6, 300, start=best.start, dtype=torch.float32)[
+                1:
+            ],
         )
 
     def mixture(self, entries: list[Entry]) -> Mixture | None:
         """The weighted sum of all families, if it beats the best of them by enough."""
         scores = [entry.scores * entry.fit.scale for entry in entries]
-        labels = torch.cat([held for _, held, _ in self._folds()])
+        labels = self.examples.labels[torch.cat([held for _, held in self._folds()])]
+        _, labels = torch.unique(labels, return_inverse=True)
         shares = mixing_weights(scores, labels)
         total = torch.stack([a * z for a, z in zip(shares, scores, strict=True)]).sum(dim=0)
         fit = calibrate(total, labels, scale=1.0)
@@ -278,31 +275,94 @@ class Contest:
 
     def _margin(self, fit: Calibration | None) -> float | None:
         """How far above the least held-out loss counts as equal: one standard error if the features will be trained."""
-        if self.scheme.policy == "frozen" or fit is None:
+        if self.scheme.policy != "finetune" or fit is None:
             return None
         return float(fit.losses.std()) / math.sqrt(len(fit.losses)) if len(fit.losses) > 1 else 0.0
 
-    def _folds(self) -> Iterator[tuple[FeatureSet, Tensor, Tensor]]:
-        """Per fold: the examples kept, the labels held out and their features; classes of one example left out."""
+    def _folds(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per fold the examples kept and those held out; classes of one example are in neither."""
         usable = scorable(self.examples.labels, self.examples.num_classes)
-        _, labels = torch.unique(self.examples.labels[usable], return_inverse=True)
-        renumbered = torch.full_like(self.examples.labels, -1).masked_scatter(usable, labels)
-        classes = int(labels.max()) + 1
-        generator = torch.Generator().manual_seed(self.seed)
-        for kept, held in folds_of(self.examples.labels, self.scheme.folds, generator):
-            kept, held = kept[usable[kept]], held[usable[held]]
-            part = FeatureSet(self.examples.features[kept], renumbered[kept], classes)
-            yield part, renumbered[held], self.examples.features[held]
+        for kept, held in folds_of(self.examples.labels, self.scheme.folds):
+            yield kept[usable[kept]], held[usable[held]]
 
-    def _judge(self, solve: Callable[[FeatureSet], tuple[Tensor, Tensor]]) -> tuple[Calibration, Tensor]:
+    def _judge(self, features: str, solve: Callable[[Part], tuple[Tensor, Tensor]]) -> tuple[Calibration, Tensor]:
         """Scores of every fold by the head that the others give, scaled together; and the scores."""
-        scores, labels = [], []
-        for part, held, features in self._folds():
-            weight, bias = solve(part)
-            scores.append(features.double() @ weight.T + bias)
-            labels.append(held)
+        rotation = self.axes(features)
+        usable = self.moments.counts >= 2
+        scores, rows = [], []
+        for kept, held in self._folds():
+            left_out = torch.ones(len(self.examples), dtype=torch.bool).index_fill_(0, kept, False)
+            part = Part.of(self.examples, self.moments, rotation, torch.nonzero(left_out).flatten(), usable)
+            weight, bias = rotation.unfold(*solve(part))
+            scores.append(torch.cat([x.double() @ weight.T + bias for x in self.examples.features[held].split(4096)]))
+            rows.append(held)
         pooled = torch.cat(scores)
-        return calibrate(pooled, torch.cat(labels)), pooled
+        _, labels = torch.unique(self.examples.labels[torch.cat(rows)], return_inverse=True)
+        return calibrate(pooled, labels), pooled
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sums over a part of the examples in rotated features: what is left of those over all when some are taken out.
+
+    Attributes:
+        gram: `(r, r)` sum of q q'; sums: `(K, r)` sums by class; counts: `(K,)` examples by class.
+    """
+
+    gram: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, examples: FeatureSet, moments: Moments, rotation: Rotation, left_out: Tensor, classes: Tensor) -> Part:
+        """The sums over all examples but `left_out`, of the classes that the mask `classes` marks."""
+        gram = torch.diag(rotation.eigenvalues)
+        sums = rotation.apply(moments.means) * moments.counts[:, None]
+        labels = examples.labels[left_out]
+        for rows, own in zip(left_out.split(4096), labels.split(4096), strict=True):
+            q = rotation.apply(examples.features[rows])
+            gram.addmm_(q.T, q, alpha=-1.0)
+            sums.index_add_(0, own, q, alpha=-1.0)
+        counts = moments.counts - torch.bincount(labels, minlength=len(moments.counts))
+        return cls(gram, sums[classes], counts[classes])
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return int(self.counts.sum())
+
+    def ridge(self, strength: float, intercept: bool) -> tuple[Tensor, Tensor]:
+        """Ridge on one-hot targets: `(K, r)` and `(K,)`."""
+        mean = self.sums.sum(dim=0) / self.size if intercept else torch.zeros_like(self.sums[0])
+        scatter = self.gram - self.size * torch.outer(mean, mean)
+        scatter.diagonal().add_(strength)
+        weight = solve_symmetric(scatter, (self.sums - self.counts[:, None] * mean).T).T
+        return weight, self.counts / self.size * intercept - weight @ mean
+
+    def lda(self, shrinkage: float, width: int) -> tuple[Tensor, Tensor]:
+        """LDA with the covariance shrunk towards its mean variance over `width` features: `(K, r)` and `(K,)`."""
+        means = self.sums / self.counts[:, None].clamp(min=1)
+        covariance = (self.gram - (self.sums.T * (1 / self.counts.clamp(min=1))) @ self.sums) / self.size
+        target = float(covariance.diagonal().sum()) / width
+        if target <= 1e-12 * float(self.gram.diagonal().sum()) / self.size / width:
+            covariance, shrinkage, target = torch.zeros_like(covariance), 1.0, float(means.square().mean()) or 1.0
+        shrunk = (1 - shrinkage) * covariance
+        shrunk.diagonal().add_(shrinkage * target)
+        weight = solve_symmetric(shrunk, means.T).T
+        return weight, -0.5 * (weight * means).sum(dim=1) + self.counts.clamp(min=0.5).log()
+
+
+def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right for a positive definite matrix `(r, r)`; by least squares where rounding has made it otherwise.
+
+    Example:
+        >>> solve_symmetric(torch.tensor([[2.0]]), torch.tensor([[1.0]])).item()
+        0.5
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return torch.linalg.pinv(matrix, rtol=1e-10, hermitian=True) @ right
+    return torch.cholesky_solve(right, factor)
 
 
 def share_loss(counts: Tensor) -> float:

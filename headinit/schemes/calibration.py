@@ -239,18 +239,19 @@ def fit_scale(scores: Tensor, labels: Tensor) -> float:
         >>> 0.45 < fit_scale(z, y) < 0.55
         True
     """
-    centred = scores - scores.mean(dim=1, keepdim=True)
+    # Classes before examples: sums over the classes then run along memory.
+    centred = (scores - scores.mean(dim=1, keepdim=True)).T.contiguous()
     spread = float(centred.square().mean().sqrt())
     if spread == 0.0 or scores.shape[1] < 2:
         return 1.0
     centred = centred / spread
-    own = float(centred.gather(1, labels[:, None]).mean())
+    own, squares = float(centred.gather(0, labels[None]).mean()), centred.square()
     smooth = SMOOTH / len(scores)
     low, high, scale = 1e-3, 1e4, 1.0
     for _ in range(60):
-        probability = torch.softmax(centred * scale, dim=1)
-        first = (probability * centred).sum(dim=1)
-        second = (probability * centred.square()).sum(dim=1) - first.square()
+        probability = torch.softmax(centred * scale, dim=0)
+        first = (probability * centred).sum(dim=0)
+        second = (probability * squares).sum(dim=0) - first.square()
         slope = (1 + smooth) * float(first.mean()) - own
         low, high = (scale, high) if slope < 0 else (low, scale)
         step = slope / max((1 + smooth) * float(second.mean()), 1e-300)
@@ -308,24 +309,31 @@ def scorable(labels: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(labels, minlength=num_classes)[labels] >= 2
 
 
-def held_out_rows(data: FeatureSet, generator: torch.Generator) -> Tensor:
-    """Up to a million scores' worth of examples that can be held out, drawn without order: `(n,)` indices.
+def held_out_rows(data: FeatureSet) -> Tensor:
+    """Up to ten thousand examples (a million scores) that can be held out, drawn without order: `(n,)` indices.
 
-    A thousand examples settle one number, the scale; a hundred thousand cost time only.
+    A thousand examples settle one number, the scale; a hundred thousand cost time and memory only.
     """
     rows = torch.nonzero(scorable(data.labels, data.num_classes)).flatten()
-    limit = max(1000, 1_000_000 // data.num_classes)
-    return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=generator)[:limit]]
+    limit = min(max(1000, 1_000_000 // data.num_classes), 10_000)
+    return rows if len(rows) <= limit else rows[torch.randperm(len(rows), generator=fixed_generator())[:limit]]
 
 
-def folds_of(labels: Tensor, num_folds: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def fixed_generator() -> torch.Generator:
+    """What draws folds and samples: always the same, so that a head computed from data depends on them alone."""
+    return torch.Generator().manual_seed(0)
+
+
+def folds_of(labels: Tensor, num_folds: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Stratified folds: index pairs `(kept, held out)`; every class is spread over the folds as evenly as it can be.
 
+    They are the same at every call.
+
     Example:
-        >>> [len(held) for _, held in folds_of(torch.tensor([0, 0, 0, 1, 1, 1]), 3, torch.Generator())]
+        >>> [len(held) for _, held in folds_of(torch.tensor([0, 0, 0, 1, 1, 1]), 3)]
         [2, 2, 2]
     """
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=fixed_generator())
     order = order[torch.argsort(labels[order], stable=True)]
     fold = torch.empty(len(labels), dtype=torch.int64)
     fold[order] = torch.arange(len(labels)) % num_folds

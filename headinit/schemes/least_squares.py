@@ -12,7 +12,7 @@ from torch import Tensor
 from headinit.errors import SchemeError, unknown_name
 from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments, as_targets
-from headinit.features.rotation import Rotation, rotation_of
+from headinit.features.rotation import Rotation, Rotations, rotation_of
 from headinit.schemes.calibration import (
     Calibration,
     calibrate,
@@ -20,6 +20,7 @@ from headinit.schemes.calibration import (
     class_features_for,
     features_for,
     finish,
+    fixed_generator,
     held_out_rows,
     moments_for,
     present_moments,
@@ -130,7 +131,7 @@ class Ridge(Scheme):
         moments = moments_for("ridge", data, shape, kind=None)
         notes = check_missing("ridge", self.missing, moments)
         examples = None if isinstance(data, Moments) else features_for("ridge", data, shape)
-        problem = RidgeProblem.of(moments, examples, shape.bias, generator)
+        problem = RidgeProblem.of(moments, examples, shape.bias)
         best = min(problem.candidates(self), key=lambda c: c.loss)
         scale, offset = problem.scale_of(best) if self.calibrate else (1.0, 0.0)
         weight, bias = problem.solve(best.features, best.strength)
@@ -152,13 +153,14 @@ class RidgeProblem:
     centre: bool
     rows: Tensor
     task: str
-    rotations: dict[str, tuple[Rotation, Tensor]]
+    axes: Rotations
+    crosses: dict[str, Tensor]
 
     @classmethod
     def of(
-        cls, moments: Moments, examples: FeatureSet | None, centre: bool, generator: torch.Generator
+        cls, moments: Moments, examples: FeatureSet | None, centre: bool, axes: Rotations | None = None
     ) -> RidgeProblem:
-        """The problem for the present classes."""
+        """The problem for the present classes; `axes` of these features, if others use them, too."""
         task = task_of(moments if examples is None else examples)
         if task == "single_label":
             moments = present_moments(moments)
@@ -166,21 +168,20 @@ class RidgeProblem:
         if examples is None:
             rows = torch.empty(0, dtype=torch.int64)
         elif task == "single_label":
-            rows = held_out_rows(examples, generator)
+            rows = held_out_rows(examples)
         else:
             limit = max(1000, 1_000_000 // examples.num_classes)
-            rows = torch.randperm(len(examples), generator=generator)[:limit]
-        return cls(moments, examples, centre, rows, task, {})
+            rows = torch.randperm(len(examples), generator=fixed_generator())[:limit]
+        axes = axes or Rotations(moments, None if examples is None else examples.features, centre)
+        return cls(moments, examples, centre, rows, task, axes, {})
 
     def rotation(self, features: str) -> tuple[Rotation, Tensor]:
         """The axes, and X'Y in them: `(r, K)`."""
-        if features not in self.rotations:
-            standardise = features == "standardised"
-            raw = None if self.examples is None else self.examples.features
-            rotation = rotation_of(self.moments, raw, standardise=standardise, centre=self.centre)
+        rotation = self.axes(features)
+        if features not in self.crosses:
             cross = self.moments.cross if self.centre else self.moments.sums
-            self.rotations[features] = rotation, rotation.axes.T @ (cross * rotation.scale).T
-        return self.rotations[features]
+            self.crosses[features] = rotation.axes.T @ (cross * rotation.scale).T
+        return rotation, self.crosses[features]
 
     def solve(self, features: str, strength: float) -> tuple[Tensor, Tensor]:
         """(W, b) in float64 for the raw features."""
@@ -214,10 +215,11 @@ class RidgeProblem:
         rotation, cross = self.rotation(features)
         assert self.examples is not None
         coordinates = rotation.apply(self.examples.features[self.rows])
+        squares = coordinates.square()
         labels = self.examples.labels[self.rows]
 
         def judge(strength: float) -> Candidate:
-            scores = self._scores(coordinates, rotation, cross, strength)
+            scores = self._scores(coordinates, squares, rotation, cross, strength)
             if self.task == "single_label" and criterion == "log_loss":
                 fit = calibrate(scores, labels)
                 return Candidate(features, strength, fit.loss, fit)
@@ -232,11 +234,13 @@ class RidgeProblem:
             return as_targets(labels)
         return torch.nn.functional.one_hot(labels, self.examples.num_classes).to(torch.float64)
 
-    def _scores(self, coordinates: Tensor, rotation: Rotation, cross: Tensor, strength: float) -> Tensor:
+    def _scores(
+        self, coordinates: Tensor, squares: Tensor, rotation: Rotation, cross: Tensor, strength: float
+    ) -> Tensor:
         """Leave-one-out scores of `rows`: `(n, K)`."""
         shrunk = 1.0 / (rotation.eigenvalues + strength)
         fitted = coordinates @ (cross * shrunk[:, None])
-        leverage = coordinates.square() @ shrunk
+        leverage = squares @ shrunk
         if self.centre:
             fitted = fitted + self.moments.counts / len(self.moments)
             leverage = leverage + 1.0 / len(self.moments)
@@ -247,7 +251,8 @@ class RidgeProblem:
         """Leave-one-out scores of `rows` before any scale: `(n, K)` float64."""
         assert self.examples is not None
         rotation, cross = self.rotation(features)
-        return self._scores(rotation.apply(self.examples.features[self.rows]), rotation, cross, strength)
+        coordinates = rotation.apply(self.examples.features[self.rows])
+        return self._scores(coordinates, coordinates.square(), rotation, cross, strength)
 
     def _squared_error(self, scores: Tensor) -> float:
         variance = self.moments.target_squares / len(self.moments) - (self.moments.counts / len(self.moments)).square()
@@ -381,7 +386,7 @@ class LDA(Scheme):
         notes = check_missing("lda", self.missing, moments)
         present = present_moments(moments)
         examples = None if isinstance(data, Moments) else present_only(class_features_for("lda", data, shape))
-        rows = torch.empty(0, dtype=torch.int64) if examples is None else held_out_rows(examples, generator)
+        rows = torch.empty(0, dtype=torch.int64) if examples is None else held_out_rows(examples)
         kinds = ("raw", "standardised") if self.features == "auto" and len(rows) else (self.features,)
         problems = {kind: LDAProblem.of(present, examples, rows, standardise=kind == "standardised") for kind in kinds}
         tried = [c for kind, problem in problems.items() for c in problem.candidates(self.shrinkage, kind)]
@@ -414,9 +419,8 @@ class LDAProblem:
     Attributes:
         moments: moments of the (standardised) features.
         examples: the examples, if they are at hand; rows: those to hold out.
-        outer: map of the raw features onto the span of the examples; only its axes and scale are used with few
-            examples.
-        axes: `(r, r)` axes of the within-class scatter in that span; variances `(r,)` along them.
+        rotation: map of the raw features onto the axes of the within-class scatter, in the span of the examples.
+        variances: `(r,)` within classes, along those axes.
         means: `(K, r)` class means in those axes, about the mean of all.
         target: c, the mean variance over all d features.
     """
@@ -424,8 +428,7 @@ class LDAProblem:
     moments: Moments
     examples: FeatureSet | None
     rows: Tensor
-    outer: Rotation
-    axes: Tensor
+    rotation: Rotation
     variances: Tensor
     means: Tensor
     target: float
@@ -435,19 +438,18 @@ class LDAProblem:
         """Rotate onto the span of the examples, then onto the axes of the scatter within it."""
         size, width = len(moments), moments.width
         if examples is not None and len(examples) < width:
-            outer = rotation_of(moments, examples.features, standardise=standardise)
-            inner = Moments.zeros(outer.rank, moments.num_classes)
-            inner.update(outer.apply(examples.features), examples.labels)
-            within, means = inner.within_scatter / size, inner.means
+            span = rotation_of(moments, examples.features, standardise=standardise)
+            inner = Moments.zeros(span.rank, moments.num_classes)
+            inner.update(span.apply(examples.features), examples.labels)
+            variances, axes = torch.linalg.eigh(inner.within_scatter / size)
+            scale, means, axes = span.scale, inner.means @ axes, span.axes @ axes
         else:
             scale = moments.inverse_std if standardise else torch.ones_like(moments.shift)
-            identity = torch.eye(width, dtype=torch.float64)
-            outer = Rotation(moments.mean, scale, identity, torch.zeros(width, dtype=torch.float64), size)
-            within = moments.within_scatter / size * torch.outer(scale, scale)
-            means = (moments.means - moments.mean) * scale
-        variances, axes = torch.linalg.eigh(within)
+            variances, axes = torch.linalg.eigh(moments.within_scatter / size * torch.outer(scale, scale))
+            means = ((moments.means - moments.mean) * scale) @ axes
         variances = variances.clamp(min=0)
-        return cls(moments, examples, rows, outer, axes, variances, means @ axes, float(variances.sum()) / width)
+        rotation = Rotation(moments.mean, scale, axes, variances * size, size)
+        return cls(moments, examples, rows, rotation, variances, means, float(variances.sum()) / width)
 
     def _precision(self, shrinkage: float) -> Tensor:
         floor = torch.finfo(torch.float64).tiny
@@ -470,7 +472,7 @@ class LDAProblem:
         weight = self.means * self._precision(shrinkage)
         prior = torch.log(self.moments.counts / len(self.moments))
         bias = -0.5 * (weight * self.means).sum(dim=1) + prior
-        return self.outer.unfold(weight @ self.axes.T, bias)
+        return self.rotation.unfold(weight, bias)
 
     def candidates(self, shrinkage: float | str, features: str) -> list[Candidate]:
         """The shrinkages to choose from, judged by leave-one-out where that is possible."""
@@ -482,16 +484,17 @@ class LDAProblem:
         if not len(self.rows):
             return [Candidate(features, value, 0.0) for value in values]
         assert self.examples is not None
-        coordinates = self.outer.apply(self.examples.features[self.rows]) @ self.axes
+        coordinates = self.rotation.apply(self.examples.features[self.rows])
+        squares = coordinates.square()
         labels = self.examples.labels[self.rows]
 
         def judge(value: float) -> Candidate:
-            fit = calibrate(self._scores(coordinates, labels, value), labels)
+            fit = calibrate(self._scores(coordinates, squares, labels, value), labels)
             return Candidate(features, value, fit.loss, fit)
 
         return search(values, judge, stride=2)
 
-    def _scores(self, x: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
+    def _scores(self, x: Tensor, x_squared: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
         """Leave-one-out log posteriors `(n, K)`: class mean, prior and covariance without the example.
 
         Taking x out of class k with n examples changes N Sigma by -n/(n-1) z z', z = x - mu_k; the inverse follows by
@@ -500,12 +503,14 @@ class LDAProblem:
         size, count = len(self.moments), self.moments.counts[labels]
         precision = self._precision(shrinkage)
         one = torch.arange(len(x))
-        z = x - self.means[labels]
-        white, means = x * precision, self.means
-        own = (z.square() * precision).sum(dim=1)
-        squares = (x * white).sum(dim=1)[:, None] - 2 * white @ means.T + (means.square() * precision).sum(dim=1)
+        # All that is needed of x' P x, x' P mu_j and mu_i' P mu_j, with P diagonal.
+        norms, weighted = (x_squared @ precision)[:, None], self.means * precision
+        products, between = x @ weighted.T, weighted @ self.means.T
+        nearest = products[one, labels][:, None]
+        squares = norms - 2 * products + between.diagonal()
+        own = squares[one, labels].clamp(min=0)
         # z' P (x - mu_j) for every j.
-        inner = ((z * precision) * x).sum(dim=1)[:, None] - (z * precision) @ means.T
+        inner = norms - products - nearest + between[labels]
         # The inverse of (1 - eps) (S - r z z') / (N - 1) + eps c I, with P the inverse at S / N: both are the same
         # up to the factor N / (N - 1) on Sigma, which is left out, as c is held.
         ratio = count / (count - 1)
@@ -540,7 +545,7 @@ class LDAProblem:
         fourth = 0.0
         for start in range(0, size, 4096):
             block = slice(start, start + 4096)
-            x = self.outer.apply(self.examples.features[block]) @ self.axes
+            x = self.rotation.apply(self.examples.features[block])
             fourth += float((x - self.means[self.examples.labels[block]]).square().sum(dim=1).square().sum())
         squared_norm = float(self.variances.square().sum())
         beta = (fourth / size - squared_norm) / (size * width)

@@ -13,7 +13,7 @@ from torch import Tensor
 from headinit.errors import SchemeError, unknown_name
 from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
-from headinit.features.rotation import Rotation, rotation_of
+from headinit.features.rotation import Rotations
 from headinit.schemes.calibration import (
     Calibration,
     calibrate,
@@ -29,20 +29,24 @@ from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme, check_positi
 
 FEATURES = ("auto", "raw", "standardised")
 
-# Penalties per example in units of the mean variance of a feature, from strong to weak: two a decade.
-PENALTY_GRID = tuple(10 ** (-k / 2) for k in range(-4, 9))
-# A path is left when two strengths in a row have not lowered the held-out loss by this share, and the strongest penalty
-# within this share of the least loss is taken: weaker ones cost time and norm for nothing.
+# Penalties per example in units of the mean variance of a feature, from strong to weak, a decade apart; the path is
+# then refined in two steps around its best.
+PENALTY_GRID = tuple(10.0**-k for k in range(-1, 5))
+STRONGEST, REFINEMENTS = 1e3, (10**0.5, 10**0.25)
+# A path is left when a decade has not lowered the held-out loss by this share, and the strongest penalty within this
+# share of the least loss is taken: weaker ones cost time and norm for nothing.
 GAIN = 0.005
+# Along the path: losses are compared to about this share.
+PATH_TOLERANCE, PATH_ITERATIONS = 3e-5, 100
 
 
 @dataclass(frozen=True)
 class ProbeFit:
-    """A logistic regression in rotated features.
+    """A logistic regression in rotated features, or F of them on parts of the same examples.
 
     Attributes:
-        weight: `(K, r)`; bias: `(K,)`, float64.
-        objective: mean loss plus penalty / 2 |W|^2.
+        weight: `(K, r)` or `(F, K, r)`; bias: `(K,)` or `(F, K)`; float64.
+        objective: mean loss plus penalty / 2 |W|^2, summed over the F.
         iterations: L-BFGS iterations taken.
     """
 
@@ -110,7 +114,7 @@ class Probe(Scheme):
         moments = Moments.of(checked)
         notes = check_missing("probe", self.missing, moments)
         problem = ProbeProblem.of(present_only(checked), present_moments(moments), shape.bias)
-        choice = problem.choose(self, generator)
+        choice = problem.choose(self)
         scale = choice.fit.scale if choice.fit is not None and self.calibrate and self.inverse_strength is None else 1.0
         fit, weight, bias = problem.solve(choice.features, choice.inverse_strength, self.tolerance, self.max_iterations)
         notes |= {
@@ -185,12 +189,16 @@ class EarlyProbe(Scheme):
 
 @dataclass(frozen=True)
 class ProbeChoice:
-    """A setting of the probe, its held-out scores and their fit (None if nothing was, or could be, held out)."""
+    """A setting of the probe, its held-out scores and their fit (None if nothing was, or could be, held out).
+
+    `start` is the mean of the folds' solutions, from which that on all examples is not far.
+    """
 
     features: str
     inverse_strength: float
     fit: Calibration | None = None
     scores: Tensor | None = None
+    start: ProbeFit | None = None
 
     @property
     def loss(self) -> float:
@@ -212,21 +220,12 @@ class ProbeProblem:
     examples: FeatureSet
     moments: Moments
     intercept: bool
-    rotations: dict[str, Rotation]
+    rotation: Rotations
 
     @classmethod
-    def of(cls, examples: FeatureSet, moments: Moments, intercept: bool) -> ProbeProblem:
-        """The problem of these examples."""
-        return cls(examples, moments, intercept, {})
-
-    def rotation(self, features: str) -> Rotation:
-        """The axes for raw or standardised features."""
-        if features not in self.rotations:
-            standardise = features == "standardised"
-            self.rotations[features] = rotation_of(
-                self.moments, self.examples.features, standardise=standardise, centre=self.intercept
-            )
-        return self.rotations[features]
+    def of(cls, examples: FeatureSet, moments: Moments, intercept: bool, axes: Rotations | None = None) -> ProbeProblem:
+        """The problem of these examples; `axes` of their features, if others use them, too."""
+        return cls(examples, moments, intercept, axes or Rotations(moments, examples.features, intercept))
 
     def strengths(self, features: str) -> list[float]:
         """C from strong to weak penalty, fitted to the size of the features."""
@@ -234,11 +233,18 @@ class ProbeProblem:
         return [1.0 / (g * unit) for g in PENALTY_GRID]
 
     def solve(
-        self, features: str, inverse_strength: float, tolerance: float, max_iterations: int
+        self,
+        features: str,
+        inverse_strength: float,
+        tolerance: float,
+        max_iterations: int,
+        *,
+        start: ProbeFit | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> tuple[ProbeFit, Tensor, Tensor]:
-        """The solution on all examples in float64, and (W, b) for the raw features."""
+        """The solution on all examples, its products in `dtype`, and (W, b) for the raw features."""
         rotation = self.rotation(features)
-        x = rotation.apply(self.examples.features)
+        x = rotation.apply(self.examples.features, dtype)
         fit = solve_probe(
             x,
             self.examples.labels,
@@ -248,54 +254,58 @@ class ProbeProblem:
             intercept=self.intercept,
             tolerance=tolerance,
             max_iterations=max_iterations,
+            start=start,
         )
         return fit, *rotation.unfold(fit.weight, fit.bias)
 
-    def choose(self, scheme: Probe, generator: torch.Generator) -> ProbeChoice:
+    def choose(self, scheme: Probe) -> ProbeChoice:
         """The setting with the least held-out loss; the given one if C is given."""
         kinds = ("raw", "standardised") if scheme.features == "auto" else (scheme.features,)
         usable = scorable(self.examples.labels, self.examples.num_classes)
         if not bool(usable.any()):
-            strength = scheme.inverse_strength or self.strengths(kinds[-1])[6]
+            strength = scheme.inverse_strength or self.strengths(kinds[-1])[2]
             return ProbeChoice(kinds[-1], strength)
         if scheme.inverse_strength is not None and len(kinds) == 1:
             return ProbeChoice(kinds[0], scheme.inverse_strength)
-        paths = []
-        seed = generator.initial_seed()
-        for kind in kinds:
-            given = None if scheme.inverse_strength is None else [scheme.inverse_strength]
-            # The same folds for both kinds, so that their losses differ by the features alone.
-            paths += self.path(kind, scheme.folds, torch.Generator().manual_seed(seed), given)
+        given = None if scheme.inverse_strength is None else [scheme.inverse_strength]
+        # The same folds for both kinds, so that their losses differ by the features alone.
+        paths = [choice for kind in kinds for choice in self.path(kind, scheme.folds, given)]
         return strongest_near_best([c for c in paths if c.features == min(paths, key=lambda c: c.loss).features])
 
-    def path(
-        self, features: str, folds: int, generator: torch.Generator, strengths: list[float] | None = None
-    ) -> list[ProbeChoice]:
+    def path(self, features: str, folds: int, strengths: list[float] | None = None) -> list[ProbeChoice]:
         """Held-out fits from strong to weak penalty, until they no longer improve, then refined at the best."""
-        runs = [
-            FoldPath(self, features, kept, held[scorable(self.examples.labels, self.examples.num_classes)[held]])
-            for kept, held in folds_of(self.examples.labels, folds, generator)
-        ]
-        labels = torch.cat([run.held_labels for run in runs])
+        run = FoldPath(self, features, folds)
         tried: list[ProbeChoice] = []
+        starts: dict[float, ProbeFit] = {}
 
-        def judge(strength: float) -> ProbeChoice:
-            scores = torch.cat([run.scores(strength) for run in runs])
-            tried.append(ProbeChoice(features, strength, calibrate(scores, labels), scores))
-            return tried[-1]
+        def judge(strength: float, start: ProbeFit | None) -> ProbeFit:
+            fit, scores = run.scores(strength, start)
+            calibration = calibrate(scores, run.held_labels)
+            mean = ProbeFit(fit.weight.mean(dim=0), fit.bias.mean(dim=0), 0.0, 0)
+            tried.append(ProbeChoice(features, strength, calibration, scores, mean))
+            return fit
 
         if strengths is not None:
-            return [judge(strength) for strength in strengths]
-        best, stale = np.inf, 0
+            for strength in strengths:
+                judge(strength, None)
+            return tried
+        fit, last = None, np.inf
         for strength in self.strengths(features):
-            loss = judge(strength).loss
-            stale = 0 if loss < (1 - GAIN) * best else stale + 1
-            best = min(best, loss)
-            if stale == 2:
+            fit = starts[strength] = judge(strength, fit)
+            if tried[-1].loss > (1 - GAIN) * last:
                 break
-        at = strongest_near_best(tried).inverse_strength
-        for factor in (10**0.25, 10**-0.25):
-            judge(at * factor)
+            last = tried[-1].loss
+        # The best may lie beyond the strongest penalty of the grid: few examples, many features.
+        strongest = tried[0].inverse_strength
+        unit = strongest * PENALTY_GRID[0]
+        while min(tried, key=lambda c: c.loss).inverse_strength == strongest > unit / STRONGEST:
+            strongest /= 10
+            starts[strongest] = judge(strongest, None)
+        for factor in REFINEMENTS:
+            at = strongest_near_best(tried).inverse_strength
+            nearest = starts[min(starts, key=lambda s: abs(np.log(s / at)))]
+            for strength in (at * factor, at / factor):
+                judge(strength, nearest)
         return tried
 
     def reach_energy(self, features: str, target: float, tolerance: float) -> tuple[float, float, str | None]:
@@ -342,35 +352,40 @@ class ProbeProblem:
 
 
 class FoldPath:
-    """One fold's training part and its solution so far: the next strength starts from it. Float32, for speed."""
+    """The probes of all folds, solved together: one product of matrices serves them all. Float32, for speed."""
 
-    def __init__(self, problem: ProbeProblem, features: str, kept: Tensor, held: Tensor) -> None:
+    def __init__(self, problem: ProbeProblem, features: str, folds: int) -> None:
         examples, rotation = problem.examples, problem.rotation(features)
-        self.x = rotation.apply(examples.features[kept], torch.float32)
-        self.labels = examples.labels[kept]
-        self.held = rotation.apply(examples.features[held], torch.float32)
-        self.held_labels = examples.labels[held]
-        self.num_classes, self.size = examples.num_classes, len(examples)
+        usable = scorable(examples.labels, examples.num_classes)
+        parts = list(folds_of(examples.labels, folds))
+        self.x = rotation.apply(examples.features, torch.float32)
+        self.labels, self.num_classes = examples.labels, examples.num_classes
+        self.weights = torch.zeros(folds, len(examples))
+        for fold, (kept, _) in enumerate(parts):
+            self.weights[fold, kept] = 1.0 / max(len(kept), 1)
+        self.held = [held[usable[held]] for _, held in parts]
+        self.held_labels = self.labels[torch.cat(self.held)]
         self.intercept = problem.intercept
         self.curvature = rotation.eigenvalues / rotation.size
-        self.state: ProbeFit | None = None
 
-    def scores(self, inverse_strength: float) -> Tensor:
-        """Scores of the held-out examples, `(n, K)` float64, at this C."""
-        self.state = solve_probe(
+    def scores(self, inverse_strength: float, start: ProbeFit | None) -> tuple[ProbeFit, Tensor]:
+        """The folds' solutions at this C, and the scores of the held-out examples, `(n, K)` float64."""
+        fit = solve_probes(
             self.x,
             self.labels,
             self.num_classes,
+            self.weights,
             # The penalty per example of the fit on all examples: at the same C, fewer examples would be shrunk more,
             # and the scale fitted to their scores would be too large for that fit.
-            penalty=1.0 / (inverse_strength * self.size),
+            penalty=1.0 / (inverse_strength * len(self.x)),
             curvature=self.curvature,
             intercept=self.intercept,
-            tolerance=1e-5,
-            max_iterations=100,
-            start=self.state,
+            tolerance=PATH_TOLERANCE,
+            max_iterations=PATH_ITERATIONS,
+            start=start,
         )
-        return self.held.double() @ self.state.weight.T + self.state.bias
+        scores = [self.x[h].double() @ w.T + b for h, w, b in zip(self.held, fit.weight, fit.bias, strict=True)]
+        return fit, torch.cat(scores)
 
 
 def solve_probe(
@@ -385,7 +400,38 @@ def solve_probe(
     max_iterations: int = 1000,
     start: ProbeFit | None = None,
 ) -> ProbeFit:
-    """Minimise mean -log softmax(W x + b)[y] + penalty / 2 |W|^2 by L-BFGS.
+    """`solve_probes` for one probe on all examples: weight `(K, r)`, bias `(K,)`."""
+    if start is not None:
+        start = ProbeFit(start.weight[None], start.bias[None], start.objective, start.iterations)
+    fit = solve_probes(
+        x,
+        labels,
+        num_classes,
+        torch.full((1, len(x)), 1.0 / len(x), dtype=x.dtype),
+        penalty=penalty,
+        curvature=curvature,
+        intercept=intercept,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        start=start,
+    )
+    return ProbeFit(fit.weight[0], fit.bias[0], fit.objective, fit.iterations)
+
+
+def solve_probes(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    weights: Tensor,
+    *,
+    penalty: float,
+    curvature: Tensor,
+    intercept: bool = True,
+    tolerance: float = 1e-9,
+    max_iterations: int = 1000,
+    start: ProbeFit | None = None,
+) -> ProbeFit:
+    """Minimise, for each row v of weights, sum_i v_i (-log softmax(W x_i + b)[y_i]) + penalty / 2 |W|^2, by L-BFGS.
 
     The features must be in their principal axes: the variables are W_j sqrt(h v_j + penalty), with v_j the variance
     along axis j and h the mean of p (1 - p), which makes the Hessian's diagonal about 1 whatever the conditioning.
@@ -394,51 +440,58 @@ def solve_probe(
         x: `(N, r)` rotated features; the products run in their dtype.
         labels: `(N,)`.
         num_classes: K.
+        weights: `(F, N)` weights of the examples in each of F probes; rows sum to 1.
         penalty: 1 / (C N).
         curvature: `(r,)` variances v.
         intercept: whether there is a b.
         tolerance: least relative improvement per iteration.
         max_iterations: bound on the iterations.
-        start: a solution to start from.
+        start: solutions to start from.
 
     Raises:
         SchemeError: the result is not finite.
     """
     from scipy.optimize import minimize
 
-    size, rank = x.shape
-    rows = torch.arange(size)
+    (size, rank), folds = x.shape, len(weights)
+    weights = weights.to(x.dtype)[:, None]
+    own = labels.expand(folds, 1, size)
+    minus_own = -weights.expand(folds, 1, size).contiguous()
     h = max((1.0 - 1.0 / num_classes) / num_classes, 1e-6)
     if start is not None:
-        p = torch.softmax(x @ start.weight.T.to(x.dtype) + start.bias.to(x.dtype), dim=1)
+        p = torch.softmax(x @ start.weight[0].T.to(x.dtype) + start.bias[0].to(x.dtype), dim=1)
         h = max(float((p * (1 - p)).mean()), 1e-6)
     unit = 1.0 / torch.sqrt(h * curvature + penalty)
     # Tensors over the optimiser's float64 memory: no copies but the one into the dtype of the products.
-    initial = np.zeros((num_classes, rank + 1))
+    initial = np.zeros((folds, num_classes, rank + 1))
     if start is not None:
-        initial[:, :rank], initial[:, rank] = (start.weight / unit).numpy(), start.bias.numpy() * h**0.5
+        initial[..., :rank], initial[..., rank] = (start.weight / unit).numpy(), start.bias.numpy() * h**0.5
+
+    def unpack(flat: np.ndarray) -> tuple[Tensor, Tensor]:
+        variables = torch.from_numpy(flat).view(folds, num_classes, rank + 1)
+        return variables[..., :rank] * unit, variables[..., rank] / h**0.5
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        variables = torch.from_numpy(flat).view(num_classes, rank + 1)
-        weight, bias = variables[:, :rank] * unit, variables[:, rank] / h**0.5
-        logits = torch.addmm(bias.to(x.dtype), x, weight.T.to(x.dtype)) if intercept else x @ weight.T.to(x.dtype)
+        weight, bias = unpack(flat)
+        # Classes before examples: the softmax then runs along memory.
+        logits = weight.flatten(0, 1).to(x.dtype) @ x.T
+        logits = (logits + bias.flatten()[:, None].to(x.dtype) if intercept else logits).view(folds, num_classes, size)
         log_p = torch.log_softmax(logits, dim=1)
-        loss = -float(log_p[rows, labels].sum(dtype=torch.float64)) / size
-        errors = log_p.exp_()
-        errors[rows, labels] -= 1.0
-        gradient = torch.empty(num_classes, rank + 1, dtype=torch.float64)
-        gradient[:, :rank] = ((errors.T @ x).double() / size + penalty * weight) * unit
-        gradient[:, rank] = errors.sum(dim=0, dtype=torch.float64) / size / h**0.5 if intercept else 0.0
+        loss = float((log_p.gather(1, own) * minus_own).sum(dtype=torch.float64))
+        errors = log_p.exp_().mul_(weights).scatter_add_(1, own, minus_own)
+        gradient = torch.empty(folds, num_classes, rank + 1, dtype=torch.float64)
+        products = (errors.flatten(0, 1) @ x).view(folds, num_classes, rank)
+        gradient[..., :rank] = (products.double() + penalty * weight) * unit
+        gradient[..., rank] = errors.sum(dim=2, dtype=torch.float64) / h**0.5 if intercept else 0.0
         return loss + 0.5 * penalty * float(weight.square().sum()), gradient.flatten().numpy()
 
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": tolerance, "gtol": 1e-9, "maxcor": 10}
     result = minimize(objective, initial.ravel(), jac=True, method="L-BFGS-B", options=options)
-    variables = torch.from_numpy(result.x).view(num_classes, rank + 1)
-    if not torch.isfinite(variables).all():
+    weight, bias = unpack(result.x)
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise SchemeError("The logistic regression did not stay finite. Check the features for extreme values.")
-    weight, bias = variables[:, :rank] * unit, variables[:, rank] / h**0.5
     # Softmax ignores a shift common to all classes; without it the rows are unique.
-    return ProbeFit(weight, bias - bias.mean(), float(result.fun), int(result.nit))
+    return ProbeFit(weight, bias - bias.mean(dim=-1, keepdim=True), float(result.fun), int(result.nit))
 
 
 def energy(logits: Tensor, labels: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from headinit.errors import SchemeError
 from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
+from headinit.heads.modules import PROXY_POOLINGS, pool_proxies
 from headinit.schemes.calibration import (
     calibrate,
     check_missing,
@@ -27,8 +28,6 @@ from headinit.schemes.calibration import (
     unit_scale,
 )
 from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme
-
-POOLINGS = ("logsumexp", "max")
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,15 @@ class ClassMean(Scheme):
         scale = 1.0
         if self.calibrate and isinstance(data, FeatureSet):
             examples = present_only(class_features_for("class_mean", data, shape))
-            scale, found = _mean_scale(examples, present, generator)
+            scale, found = _mean_scale(examples, present)
             notes |= found
         bias = bias - weight @ present.mean
         return finish(weight * scale, bias * scale, moments, shape, {"scale": scale, **notes})
 
 
-def _mean_scale(examples: FeatureSet, moments: Moments, generator: torch.Generator) -> tuple[float, dict[str, Any]]:
+def _mean_scale(examples: FeatureSet, moments: Moments) -> tuple[float, dict[str, Any]]:
     """The scale of leave-one-out scores -|x - mu|^2 / 2: without x its own mean moves to x - n/(n-1) (x - mu)."""
-    rows = held_out_rows(examples, generator)
+    rows = held_out_rows(examples)
     means = moments.means - moments.mean
     if not len(rows):
         x = examples.features.double() - moments.mean
@@ -138,7 +137,7 @@ class Imprint(Scheme):
         weight = normalise_rows(sums)
         scale = self.scale
         if scale is None:
-            rows = held_out_rows(examples, generator)
+            rows = held_out_rows(examples)
             if len(rows):
                 y = examples.labels[rows]
                 scores = x[rows] @ weight.T
@@ -166,7 +165,7 @@ class MultiProxy(Scheme):
 
     Attributes:
         pooling: how the head joins the rows of a class, ``"logsumexp"`` or ``"max"``; with max the shares are left
-            out.
+            out. None is as the head does it (log-sum-exp where no head says so).
         calibrate: fit the scale.
         missing: ``"mean"`` gives a class without examples the mean rows, ``"error"`` refuses it.
 
@@ -178,14 +177,14 @@ class MultiProxy(Scheme):
     """
 
     needs_data: ClassVar[bool] = True
-    pooling: str = "logsumexp"
+    pooling: str | None = None
     calibrate: bool = True
     missing: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
+        if self.pooling not in (None, *PROXY_POOLINGS):
             raise SchemeError(
-                f"Option pooling={self.pooling!r} of init=multi_proxy must be one of {', '.join(POOLINGS)}."
+                f"Option pooling={self.pooling!r} of init=multi_proxy must be one of {', '.join(PROXY_POOLINGS)}."
             )
 
     def __call__(
@@ -216,13 +215,13 @@ class MultiProxy(Scheme):
             scale, found = self._scale(examples, proxies, offset, generator)
             notes |= found
         weight, squares, shares = weight * scale, bias[0] * scale, bias[1]
-        bias_out = squares + (shares if self.pooling == "logsumexp" else 0.0) - weight @ offset
+        bias_out = squares + (0.0 if self.pooling == "max" else shares) - weight @ offset
         rows, biases = fill_absent(
             weight.reshape(examples.num_classes, -1), bias_out.reshape(-1, proxies).mean(1), moments.counts
         )
         all_biases = biases[:, None].repeat(1, proxies)
         all_biases[moments.counts > 0] = bias_out.reshape(-1, proxies)
-        notes = {"scale": scale, "proxies": proxies, "pooling": self.pooling, **notes}
+        notes = {"scale": scale, "proxies": proxies, "pooling": self.pooling or "logsumexp", **notes}
         return HeadWeights(
             rows.reshape(-1, shape.fan_in).float(), all_biases.flatten().float(), bias_std=None, notes=notes
         )
@@ -250,7 +249,7 @@ class MultiProxy(Scheme):
         pooled, labels = [], []
         kept_examples = replace(examples, features=examples.features[usable], labels=examples.labels[usable])
         kept_examples = present_only(kept_examples)
-        for kept, held in folds_of(kept_examples.labels, 2, generator):
+        for kept, held in folds_of(kept_examples.labels, 2):
             part = replace(kept_examples, features=kept_examples.features[kept], labels=kept_examples.labels[kept])
             weight, (squares, _) = self._proxies(part, proxies, offset, generator)
             scores = (kept_examples.features[held].double() - offset) @ weight.T + squares
@@ -259,17 +258,6 @@ class MultiProxy(Scheme):
         fit = calibrate(torch.cat(pooled), torch.cat(labels))
         notes = {"calibration": "two halves", "held_out_loss": fit.loss, "held_out_accuracy": fit.accuracy}
         return fit.scale, notes
-
-
-def pool_proxies(scores: Tensor, proxies: int, pooling: str = "logsumexp") -> Tensor:
-    """Class logits `(N, K)` from the scores `(N, K * m)` of m proxies per class.
-
-    Example:
-        >>> pool_proxies(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 2, "max").tolist()
-        [[3.0, 2.0]]
-    """
-    grouped = scores.unflatten(-1, (-1, proxies))
-    return grouped.amax(dim=-1) if pooling == "max" else torch.logsumexp(grouped, dim=-1)
 
 
 def cluster(x: Tensor, num_clusters: int, generator: torch.Generator, iterations: int = 50) -> tuple[Tensor, Tensor]:
@@ -325,7 +313,6 @@ class Source(Scheme):
     """
 
     needs_data: ClassVar[bool] = True
-    needs_source: ClassVar[bool] = True
     calibrate: bool = True
     missing: str = "mean"
 
@@ -385,7 +372,7 @@ class BoundSource(Scheme):
         mixture = category_mixture(old_logits, examples.labels, examples.num_classes)
         scale = 1.0
         if self.options.calibrate:
-            scale, found = _source_scale(old_logits, mixture, examples, generator)
+            scale, found = _source_scale(old_logits, mixture, examples)
             notes |= found
         top = mixture.argmax(dim=1)
         notes |= {"scale": scale, "nearest_source_class": top.tolist()}
@@ -404,10 +391,8 @@ def category_mixture(old_logits: Tensor, labels: Tensor, num_classes: int) -> Te
     return sums / sums.sum(dim=1, keepdim=True).clamp(min=1e-300)
 
 
-def _source_scale(
-    old_logits: Tensor, mixture: Tensor, examples: FeatureSet, generator: torch.Generator
-) -> tuple[float, dict[str, Any]]:
-    rows = held_out_rows(examples, generator)
+def _source_scale(old_logits: Tensor, mixture: Tensor, examples: FeatureSet) -> tuple[float, dict[str, Any]]:
+    rows = held_out_rows(examples)
     if not len(rows):
         return unit_scale(old_logits @ mixture.T), {"calibration": "unit logit std"}
     z, y = old_logits[rows], examples.labels[rows]

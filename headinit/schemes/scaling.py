@@ -86,15 +86,6 @@ class Wrapper(Scheme):
         """Whether the inner scheme's bias holds the class shares already."""
         return getattr(self.scheme, "fits_prior", False)
 
-    @property
-    def needs_source(self) -> bool:
-        """Whether the inner scheme needs the pretrained classifier."""
-        return getattr(self.scheme, "needs_source", False)
-
-    def with_source(self, weight: Tensor, bias: Tensor | None) -> Scheme:
-        """The same with the pretrained classifier bound to the inner scheme."""
-        return replace(self, scheme=self.scheme.with_source(weight, bias))  # type: ignore[call-arg, attr-defined]
-
 
 @dataclass(frozen=True)
 class PriorBias(Wrapper):
@@ -342,7 +333,7 @@ class Temperature(Wrapper):
             scores, labels = _logits(head, examples.features), examples.labels
         else:
             parts = []
-            for kept, held in folds_of(examples.labels, self.folds, generator):
+            for kept, held in folds_of(examples.labels, self.folds):
                 part = replace(examples, features=examples.features[kept], labels=examples.labels[kept])
                 held = held[usable[held]]
                 parts.append(

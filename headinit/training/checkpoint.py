@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,12 @@ def run_lock(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class StopRequest:
-    """Whether the process was asked to end (SIGTERM): set by the signal, read by the loop."""
+    """Whether the process was asked to end: set by the signal, read by the loop."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.hand_on: Callable[[], Any] = lambda: None
+        """What to do once everything is saved: whoever else wanted to know of the signal is told."""
 
     def __call__(self, *_: Any) -> None:
         """Called by Python when the signal arrives."""
@@ -166,7 +168,9 @@ class StopRequest:
 def stop_on_sigterm() -> Iterator[StopRequest]:
     """Turn SIGTERM (preemption, a Slurm time-out) into a request that a loop can follow after saving.
 
-    The earlier handler is put back. Outside the main thread, where Python takes no signals, nothing is installed.
+    Where SIGUSR2 has a handler, it is taken as such a request too, and handed on after saving: submitit's puts a job
+    that runs out of time in the queue again. The earlier handlers are put back. Outside the main thread, where Python
+    takes no signals, nothing is installed.
 
     Example:
         >>> with stop_on_sigterm() as stop:
@@ -177,11 +181,22 @@ def stop_on_sigterm() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
+    warning = getattr(signal, "SIGUSR2", None)  # not on Windows
+    requeue = None if warning is None else signal.getsignal(warning)
+
+    def warned(*arguments: Any) -> None:
+        stop()
+        stop.hand_on = lambda: requeue(*arguments)  # type: ignore[operator,misc]
+
     earlier = signal.signal(signal.SIGTERM, stop)
+    if warning is not None and callable(requeue):
+        signal.signal(warning, warned)
     try:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, earlier if earlier is not None else signal.SIG_DFL)
+        if warning is not None and callable(requeue):
+            signal.signal(warning, requeue)
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

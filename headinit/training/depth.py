@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from headinit.heads.pooled import HeadedBackbone
+
 _NUMBERED = re.compile(r"^(.*?)(\d+)$")
 _EMBEDDING_NAME = re.compile(r"embed|rel_pos|relative|position", re.IGNORECASE)
 _AUXILIARY = re.compile(r"aux", re.IGNORECASE)  # GoogLeNet's side branches outweigh its blocks
@@ -48,12 +50,21 @@ def parameter_depths(model: nn.Module, new: Container[str] = (), *, coarse: bool
         {'0.weight': 1, '0.bias': 1, '2.weight': 2, '2.bias': 2}
     """
     names = [name for name, _ in model.named_parameters() if name not in new]
+    if isinstance(model, HeadedBackbone):
+        return _depths_of_backbone(model, names, coarse)
     if callable(getattr(model, "group_matcher", None)):
         return _matched_depths(model, names, coarse)
     blocks = _find_blocks(model, frozenset(names))
     if not coarse:
         blocks = [path for block in blocks for path in _split_block(model, block, frozenset(names))]
     return _depths_around(model, names, blocks)
+
+
+def _depths_of_backbone(model: HeadedBackbone, names: list[str], coarse: bool) -> Depths:
+    """The backbone's own depths, as if it had no head around it; what else is not new is the last of all."""
+    inner_new = {name for name, _ in model.backbone.named_parameters() if f"backbone.{name}" not in names}
+    inner = parameter_depths(model.backbone, inner_new, coarse=coarse)
+    return Depths({name: inner.of.get(name.removeprefix("backbone."), inner.count) for name in names}, inner.count)
 
 
 def _matched_depths(model: nn.Module, names: list[str], coarse: bool) -> Depths:

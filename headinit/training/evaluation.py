@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headinit.data.loading import Batches
 from headinit.errors import DataError
 from headinit.heads.record import call_model
 from headinit.training.losses import IGNORED_LABEL, split_batch
+from headinit.training.prefix import supplied
 
 
 @torch.inference_mode()
@@ -31,7 +33,8 @@ def predict(
         batches: `Batches`, a DataLoader, or any iterable of ``(inputs, labels[, ...])``.
         device: where the model is; None to look.
         rank, processes: with several processes each computes every `processes`-th batch, and all get all results.
-        between: called after each batch, for instance to stop on a signal.
+        between: called after each batch (with several processes, after each has done one, in all of them), for instance
+            to stop on a signal.
 
     Returns:
         Logits `(N, K)` in float32 (float64 if the model is) and labels `(N,)`. Token logits `(N, T, K)` are padded to
@@ -50,19 +53,28 @@ def predict(
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = []
     with _evaluation_mode(model):
-        for index, batch in enumerate(batches):
+        for index, batch in _read_by(rank, processes, batches):
             if index % processes == rank:
                 inputs, labels = split_batch(batch)
-                logits = call_model(model, send_to_device(inputs, device))
+                with supplied(inputs) as given:
+                    logits = call_model(model, send_to_device(given, device))
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 parts.append((index, logits.cpu(), labels.cpu()))
-            if between is not None:
+            if between is not None and (index + 1) % processes == 0:
                 between()
     if processes > 1:
         parts = sorted(gather_object(parts), key=lambda part: part[0])
     if not parts:
         raise DataError("There is no example to evaluate on. Give a validation split with at least one example.")
     return _joined([logits for _, logits, _ in parts]), _joined([labels for _, _, labels in parts], IGNORED_LABEL)
+
+
+def _read_by(rank: int, processes: int, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """The numbered batches; those of other processes are None where they need not be read."""
+    if processes == 1 or not isinstance(batches, Batches):
+        return enumerate(batches)
+    own = batches.epoch(0, rank, processes)
+    return ((index, next(own) if index % processes == rank else None) for index in range(len(batches)))
 
 
 def evaluate(

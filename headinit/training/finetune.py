@@ -11,8 +11,9 @@ import hashlib
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
-from headinit.errors import TrainingError, unknown_name
+from headinit.errors import CheckpointError, TrainingError, unknown_name
 from headinit.heads.record import unwrap
+from headinit.processes import any_process, by_first, join_processes
 from headinit.seeding import derived_seed, global_generators_kept
+from headinit.training.averaging import WeightAverage
 from headinit.training.checkpoint import (
     StopRequest,
     as_cpu_copy,
@@ -33,11 +36,17 @@ from headinit.training.checkpoint import (
     stop_on_sigterm,
     write_checkpoint,
 )
+from headinit.training.compiling import Compiled
+from headinit.training.compiling import pays as compiling_pays
+from headinit.training.drift import DriftWatch
 from headinit.training.evaluation import predict
 from headinit.training.freezing import frozen_digest, frozen_tensors
+from headinit.training.health import Health
 from headinit.training.losses import TASKS, count_targets, split_batch, summed_loss, training_outputs
+from headinit.training.mixup import mix
 from headinit.training.param_groups import param_groups
 from headinit.training.precision import chosen_precision
+from headinit.training.prefix import CachedInputs, cached_prefix, supplied
 from headinit.training.recipe import Recipe
 from headinit.training.schedules import learning_rate_factor
 
@@ -91,6 +100,7 @@ class _Position:
     train_seconds: float = 0.0
     evaluate_seconds: float = 0.0
     examples: int = 0
+    health: dict[str, Any] = field(default_factory=dict)
 
 
 def finetune(
@@ -104,6 +114,8 @@ def finetune(
     save_every_steps: int | None = None,
     on_evaluation: Callable[[dict[str, Any]], None] | None = None,
     evaluate_metrics: Callable[[Tensor, Tensor], dict[str, float]] | None = None,
+    drift: DriftWatch | None = None,
+    prefix_cache_gb: float | None = None,
     progress: bool = False,
     cpu: bool | None = None,
 ) -> TrainingOutcome:
@@ -120,12 +132,18 @@ def finetune(
             its own checkpoint there goes on from it, to the same bits as if it had never been interrupted.
         on_evaluation: called with every new row of the history, the start (epoch 0) included.
         evaluate_metrics: ``(logits, labels) -> scores``; None for those of the task.
+        drift: measures at each evaluation how far the features have moved (``feature_drift`` and ``feature_cka`` in the
+            rows), if pretrained parameters train; None measures nothing.
+        prefix_cache_gb: where the first part of the network is frozen and the inputs are the same in every epoch, that
+            part runs once and its activations are kept, if they take at most so much (see `training.prefix`); None
+            runs it in every epoch.
         progress: show a bar on the terminal.
         cpu: True to stay on the CPU; None to take the best device.
 
     Raises:
-        TrainingError: nothing is trainable, the loss is not finite (with the step and the likely cause), or the
-            monitored metric is not among the metrics. Checkpoints of before stay usable.
+        TrainingError: nothing is trainable, the loss is not finite or has diverged, the head gets no gradient (with the
+            step and the likely cause), or the monitored metric is not among the metrics. Checkpoints of before stay
+            usable.
         CheckpointError: the folder is another run's, in use, or cannot be written.
         SystemExit: with code 143, after saving, on SIGTERM (only where a folder is given).
 
@@ -140,13 +158,14 @@ def finetune(
         raise unknown_name("task", task, TASKS)
     metrics = evaluate_metrics or metrics_for(task)
     with ExitStack() as stack:
-        run = _Run(model, train, validation, recipe, task, metrics, folder, cpu, stack)
+        run = _Run(model, train, validation, recipe, task, metrics, folder, cpu, stack, drift)
         bar = stack.enter_context(_progress_bar(run, progress))
         run.resume()
+        stack.enter_context(run.prefix_cached(prefix_cache_gb))
         if not run.at.history:
             run.evaluate(0, on_evaluation)
 
-        while run.at.epoch <= recipe.epochs and not run.at.stopped_early:
+        while run.at.epoch <= run.epochs and not run.at.stopped_early:
             epoch = run.at.epoch
             model.train()
             for batches in run.remaining_steps():
@@ -157,7 +176,7 @@ def finetune(
                 if save_every_steps and run.at.steps % save_every_steps == 0:
                     run.save()
                 run.leave_if_asked()
-            if epoch % recipe.evaluate_every == 0 or epoch == recipe.epochs:
+            if epoch % recipe.evaluate_every == 0 or epoch == run.epochs:
                 run.evaluate(epoch, on_evaluation)
             run.at.epoch, run.at.steps_in_epoch = epoch + 1, 0
             run.save()
@@ -180,6 +199,7 @@ class _Run:
         folder: str | Path | None,
         cpu: bool | None,
         stack: ExitStack,
+        drift: DriftWatch | None,
     ) -> None:
         self.recipe, self.task, self.metrics, self.train, self.validation = recipe, task, metrics, train, validation
         self.bare = unwrap(model)
@@ -194,26 +214,66 @@ class _Run:
         self.accelerator = _accelerator(precision, cpu)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.model = stack.enter_context(_prepared(self.accelerator, model, recipe.channels_last))
+        self.call: Callable[..., Any] = self.model
         self.optimizer = _optimizer(recipe, groups)
         self.names = {id(parameter): name for name, parameter in self.bare.named_parameters()}
         self.trainable = [parameter for group in groups for parameter in group["params"]]
+        new = {id(p) for group in groups if group["name"].startswith("head") for p in group["params"]}
+        pretrained = [p for p in self.bare.parameters() if p.requires_grad and id(p) not in new]
+        self.average = None
+        if recipe.ema is not None:
+            weights = {self.names[id(parameter)]: parameter for parameter in self.trainable}
+            self.average = WeightAverage(weights, recipe.ema)
+        self.health = Health(task, [p for p in self.trainable if id(p) in new], pretrained, self.names)
+        self.drift = drift if pretrained else None
         self.batches_per_step = recipe.accumulation * self.processes
         self.steps_per_epoch = math.ceil(_length(train) / self.batches_per_step)
-        self.total_steps = recipe.epochs * self.steps_per_epoch
+        self.total_steps = recipe.epochs * self.steps_per_epoch if recipe.steps is None else recipe.steps
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        if recipe.compile is True or (
+            recipe.compile == "auto" and compiling_pays(self.bare, self.accelerator.device, self.total_steps)
+        ):
+            self.call = Compiled(self.model)
         self.at = _Position(precision=precision)
         self.best: dict[str, Tensor] = {}
         self.folder = Path(folder) if folder is not None else None
         self.stop = StopRequest()
-        if self.folder is not None:
-            stack.enter_context(run_lock(self.folder) if self.rank == 0 else nullcontext())
+        self.leaving = False
+        if (place := self.folder) is not None:
+            by_first(lambda: stack.enter_context(run_lock(place)))
             self.stop = stack.enter_context(stop_on_sigterm())
+
+    @contextmanager
+    def prefix_cached(self, gigabytes: float | None) -> Iterator[None]:
+        """Within the block the frozen first part of the network does not run again, where that is possible and pays."""
+        found = None
+        again = self.epochs > 1 and self.at.epoch <= self.epochs and not self.at.stopped_early
+        if gigabytes and again and self.processes == 1 and not self.recipe.mixup:
+            began = time.perf_counter()
+            found = cached_prefix(
+                self.bare,
+                {"training": self.train, "validation": self.validation},
+                gigabytes * 1e9,
+                device=self.accelerator.device,
+                folder=self.folder,
+                channels_last=self.recipe.channels_last,
+                between=self.leave_if_asked if self.at.history else None,
+            )
+            self.at.train_seconds += time.perf_counter() - began
+        if found is None:
+            yield
+            return
+        prefix, cached = found
+        self.train, self.validation = cached["training"], cached["validation"]
+        with prefix.installed():
+            yield
 
     def remaining_steps(self) -> Iterator[list[Any]]:
         """The batches of each optimizer step of this epoch that is still to be done."""
         batches = _epoch_batches(
             self.train, self.at.epoch - 1, self.at.steps_in_epoch * self.batches_per_step, self.recipe.seed
         )
-        while group := list(islice(batches, self.batches_per_step)):
+        while self.at.steps < self.total_steps and (group := list(islice(batches, self.batches_per_step))):
             yield group
 
     def step(self, batches: list[Any]) -> float:
@@ -231,12 +291,17 @@ class _Run:
             weight = float(index < len(examples))
             synchronise = index + self.processes >= len(examples)
             with nullcontext() if synchronise else self.accelerator.no_sync(self.model):
-                loss = weight * self._loss(inputs, labels)
+                loss = weight * self._loss(inputs, labels, index)
                 self.accelerator.backward(loss * (self.processes / targets))
             loss_sum += loss.detach()
-        mean = float(self.accelerator.reduce(loss_sum)) / targets if self.processes > 1 else loss_sum.item() / targets
+        mean = self._summed_over_processes(loss_sum) / targets
         self._check_finite(mean, "loss", examples)
+        self.health.check_loss(mean, self.at.steps + 1, lambda: self._predict(examples))
+        if self.accelerator.scaler is None:  # a small gradient is zero in float16 until its scale has been found
+            self.health.check_gradients(mean, self.at.steps + 1)
         self._apply(examples)
+        if self.average is not None:
+            self.average.update(self.at.steps + 1)
         self.at.loss_sum += mean * targets
         self.at.targets += targets
         self.at.steps += 1
@@ -246,17 +311,15 @@ class _Run:
         return mean
 
     def evaluate(self, epoch: int, on_evaluation: Callable[[dict[str, Any]], None] | None) -> None:
-        """Score the validation data, keep the weights if they are the best so far."""
+        """Score the validation data, keep the weights if they are the best so far; averaged ones, if they are kept."""
+        with self.average.in_place() if self.average is not None else nullcontext():
+            self._evaluate(epoch, on_evaluation)
+
+    def _evaluate(self, epoch: int, on_evaluation: Callable[[dict[str, Any]], None] | None) -> None:
         began = time.perf_counter()
         self._share_buffers()
-        logits, labels = predict(
-            self.bare,
-            self.validation,
-            device=self.accelerator.device,
-            rank=self.rank,
-            processes=self.processes,
-            between=self.leave_if_asked if epoch else None,
-        )
+        with self._drift_watched():
+            logits, labels = self._predict(self.validation, between=self.leave_if_any_asked if epoch else None)
         scores = self.metrics(logits, labels)
         at, monitor = self.at, self.recipe.monitor
         if monitor not in scores:
@@ -267,9 +330,13 @@ class _Run:
             "train_loss": at.loss_sum / at.targets if at.targets else None,
             "lr": self.recipe.lr * self._factor(at.steps - 1) if at.steps else 0.0,
             **scores,
+            **(self.drift.scores() if self.drift is not None else {}),
         }
         best = next((earlier[monitor] for earlier in at.history if earlier["epoch"] == at.best_epoch), None)
-        better = best is None or (row[monitor] > best if HIGHER_IS_BETTER[monitor] else row[monitor] < best)
+        if best is None or self.recipe.select == "last":
+            better = True
+        else:
+            better = row[monitor] > best if HIGHER_IS_BETTER[monitor] else row[monitor] < best
         if better:
             at.best_epoch, at.evaluations_since_best = epoch, 0
             self.best = {name: as_cpu_copy(tensor) for name, tensor in self._moving().items()}
@@ -284,15 +351,24 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, if there is a folder for one."""
-        if self.folder is None or self.rank != 0:
-            return
+        if self.folder is not None:
+            by_first(self._save)  # the others wait, and learn of a full disk
+
+    def _save(self) -> None:
+        assert self.folder is not None
         scaler = self.accelerator.scaler
         self.at.scaler = scaler.state_dict() if scaler is not None else None
-        tensors = {f"model/{name}": tensor for name, tensor in self._moving().items()}
+        own = {} if self.average is None else self.average.own
+        tensors = {f"model/{name}": tensor for name, tensor in (self._moving() | own).items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": tensor for name, tensor in self.average.values.items()}
         for parameter, state in self.optimizer.state.items():
             known = {key: value for key, value in state.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer/{key}/{self.names[id(parameter)]}": value for key, value in known.items()}
+        if self.drift is not None and self.drift.reference is not None:
+            tensors["drift/reference"] = self.drift.reference
+        self.at.health = self.health.state()
         write_checkpoint(self.folder, tensors, asdict(self.at), self.identity)
 
     def resume(self) -> None:
@@ -300,29 +376,58 @@ class _Run:
         if self.folder is None:
             return
         self.identity = self._identity()
-        found = read_checkpoint(self.folder, self.identity)
+        found = self._found_checkpoint(self.folder)
         if found is None:
             return
         tensors, state = found
         self.at = _Position(**state)
         if self.at.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.at.scaler)
+        self.health.restore(self.at.health)
+        if self.drift is not None:
+            self.drift.reference = tensors.pop("drift/reference", None)
+            self.drift = self.drift if self.drift.reference is not None else None  # not measured from the beginning
         parameters = dict(self.bare.named_parameters())
         for name, tensor in tensors.items():
             part, _, rest = name.partition("/")
             if part == "best":
                 self.best[rest] = tensor.clone()
+            elif part == "average" and self.average is not None:
+                self.average.values[rest].copy_(tensor)
             elif part == "optimizer":
                 key, _, parameter_name = rest.partition("/")
                 parameter = parameters[parameter_name]
                 self.optimizer.state[parameter][key] = _laid_out_like(parameter, tensor)
         _copy_into(self._moving(), {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("model/")})
 
+    def _found_checkpoint(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The checkpoint that the first process finds; it also clears away what is damaged."""
+        if self.processes == 1 or not by_first(lambda: read_checkpoint(folder, self.identity) is not None):
+            return read_checkpoint(folder, self.identity) if self.processes == 1 else None
+        found = read_checkpoint(folder, self.identity)
+        if found is None:
+            raise CheckpointError(f"Process {self.rank} does not see {folder}: put it where all processes can read.")
+        return found
+
     def leave_if_asked(self) -> None:
         """On SIGTERM: save, then end the process."""
-        if self.stop.asked:
+        if self.leaving if self.processes > 1 else self.stop.asked:
             self.save()
+            self.stop.hand_on()
             raise SystemExit(SIGTERM_EXIT)
+
+    def leave_if_any_asked(self) -> None:
+        """The same between two batches of an evaluation, where the processes have to ask each other."""
+        self.leaving = any_process(self.stop.asked)
+        self.leave_if_asked()
+
+    def _summed_over_processes(self, value: Tensor) -> float:
+        """The sum over the processes, which also tell each other here whether one was asked to end."""
+        if self.processes == 1:
+            return value.item()
+        told = self.accelerator.reduce(torch.stack([value.double(), value.new_tensor(self.stop.asked).double()]))
+        self.leaving = bool(told[1] > 0)
+        return float(told[0])
 
     def restore_best(self) -> None:
         """Put the best weights into the model, and leave it ready for prediction."""
@@ -344,25 +449,45 @@ class _Run:
             precision=at.precision,
         )
 
+    def _predict(self, batches: Iterable[Any], between: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
+        device, rank, processes = self.accelerator.device, self.rank, self.processes
+        return predict(self.bare, batches, device=device, rank=rank, processes=processes, between=between)
+
+    def _drift_watched(self) -> AbstractContextManager[None]:
+        if self.drift is None:
+            return nullcontext()
+        batches = len(self.validation) if isinstance(self.validation, Sized) else 1
+        return self.drift.watching(self.bare, math.ceil(batches / self.processes))
+
     def _factor(self, step: int) -> float:
         recipe = self.recipe
         return learning_rate_factor(
             recipe.schedule,
             step,
             self.total_steps,
-            warmup_steps=math.ceil(recipe.warmup * self.total_steps),
+            # Not the only step of a short phase: it would be one at a rate of 0.
+            warmup_steps=min(math.ceil(recipe.warmup * self.total_steps), self.total_steps - 1),
             steps_per_epoch=self.steps_per_epoch,
             step_epochs=recipe.step_epochs,
             step_gamma=recipe.step_gamma,
+            milestones=recipe.milestones,
         )
 
-    def _loss(self, inputs: Any, labels: Tensor) -> Tensor:
+    def _loss(self, inputs: Any, labels: Tensor, index: int) -> Tensor:
         """Loss summed over the targets of one batch; a distilled model has two outputs and pays for both alike."""
-        inputs = _to_device(inputs, self.accelerator.device, self.recipe.channels_last)
         labels = labels.to(self.accelerator.device)
-        output = self.model(**inputs) if isinstance(inputs, Mapping) else self.model(inputs)
+        parts: tuple[tuple[float, Tensor], ...] = ((1.0, labels),)
+        with supplied(inputs) as given:
+            given = _to_device(given, self.accelerator.device, self.recipe.channels_last and given is inputs)
+            if self.recipe.mixup:
+                given, parts = mix(given, labels, self.recipe.mixup, self.recipe.seed, f"{self.at.steps}/{index}")
+            output = self.call(**given) if isinstance(given, Mapping) else self.call(given)
         outputs = training_outputs(output)
-        losses = [summed_loss(logits, labels, self.task, self.recipe.label_smoothing) for logits in outputs]
+        smoothing = self.recipe.label_smoothing
+        losses = [
+            torch.stack([share * summed_loss(logits, wanted, self.task, smoothing) for share, wanted in parts]).sum()
+            for logits in outputs
+        ]
         return torch.stack(losses).mean() if len(losses) > 1 else losses[0]
 
     def _apply(self, examples: list[tuple[Any, Tensor]]) -> None:
@@ -392,6 +517,7 @@ class _Run:
 
     def _likely_cause(self, examples: list[tuple[Any, Tensor]]) -> str:
         for inputs, labels in examples:
+            inputs = inputs.inputs if isinstance(inputs, CachedInputs) else inputs
             tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
             if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
                 return "the inputs of this batch contain NaN or infinity; look at the data and its preprocessing."
@@ -436,14 +562,17 @@ class _Run:
 
 def _accelerator(precision: str, cpu: bool | None) -> Accelerator:
     """Device, processes and precision; accelerate remembers a process's first precision, but another run may differ."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
+    join_processes()
     mixed = {"fp32": "no"}.get(precision, precision)
     shared = AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") != mixed:
         AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=mixed, cpu=bool(cpu))
+    # A model may have parameters that its loss does not reach, such as an unused pooler.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=mixed, cpu=bool(cpu), kwargs_handlers=[unused])
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("precision=fp16 needs a GPU, and this run is on the CPU. Use precision=fp32 or bf16.")
     return accelerator
@@ -457,7 +586,9 @@ def _prepared(accelerator: Accelerator, model: nn.Module, channels_last: bool) -
     if channels_last:
         bare.to(memory_format=torch.channels_last)
     try:
-        yield accelerator.prepare_model(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            yield accelerator.prepare_model(model)
     finally:
         for mark in ("_original_forward", "_is_accelerate_prepared"):
             vars(bare).pop(mark, None)
@@ -474,8 +605,22 @@ def _optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> torch.optim.Opti
         group["initial_lr"] = group["lr"]
     dense = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=dense)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, fused=dense)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=dense)
+        return optimizer if recipe.bias_correction else _without_bias_correction(optimizer)
+    # torch's fused SGD rounds otherwise than its plain one, and training at small batches makes much of the difference.
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov)
+
+
+def _without_bias_correction(optimizer: torch.optim.AdamW) -> torch.optim.AdamW:
+    """Begin Adam's step count where its bias correction 1 - beta^step has become 1."""
+    far = float(2**24)  # float32 adds no more 1 to it
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(far, dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
+    return optimizer
 
 
 def _length(train: Any) -> int:
@@ -561,7 +706,7 @@ def _progress_bar(run: _Run, shown: bool) -> Iterator[Callable[[float], None]]:
         def advance(loss: float) -> None:
             best = next((row for row in run.at.history if row["epoch"] == run.at.best_epoch), {})
             score = f", best {run.recipe.monitor} {best.get(run.recipe.monitor, math.nan):.4f}"
-            text = f"epoch {run.at.epoch}/{run.recipe.epochs}, loss {loss:.4f}{score}"
+            text = f"epoch {run.at.epoch}/{run.epochs}, loss {loss:.4f}{score}"
             bar.update(task, completed=run.at.steps, description=text)
 
         yield advance

@@ -51,7 +51,8 @@ def freeze(model: nn.Module, policy: str | int | Sequence[str], *, norm: str | N
     Raises:
         HeadError: the policy does not fit the model: no record of new parameters, too many stages, a pattern that
             matches nothing.
-        TrainingError: the model is already wrapped in DistributedDataParallel, which fixes what it synchronises.
+        TrainingError: the model is already wrapped in DistributedDataParallel, which fixes what it synchronises, or it
+            holds adapters of PEFT, which freezes what it does not train.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -67,6 +68,7 @@ def freeze(model: nn.Module, policy: str | int | Sequence[str], *, norm: str | N
             "Call freeze on the bare model, then wrap it."
         )
     bare = unwrap(model)
+    _refuse_adapters(bare)
     if norm not in (None, "eval", "train"):
         raise unknown_name("freeze.norm", norm, ("eval", "train"))
     if policy == "norm" and norm == "train":
@@ -82,6 +84,17 @@ def freeze(model: nn.Module, policy: str | int | Sequence[str], *, norm: str | N
     if bare is not model:
         torch.compiler.reset()  # a compiled graph does not look again at hooks or at requires_grad
     return model
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """PEFT has decided what trains, under names of its own: freezing afterwards would freeze adapters and head."""
+    path = next((path for path, module in model.named_modules() if type(module).__module__.startswith("peft.")), None)
+    if path is not None:
+        raise TrainingError(
+            f"Cannot freeze {type(model).__name__}: PEFT's adapters are in it ({path or 'the model itself'}), and PEFT "
+            "has frozen all else. Call headinit.freeze(model, ...) first, then get_peft_model(model, "
+            "LoraConfig(..., modules_to_save=list(record_of(model).new_modules)))."
+        )
 
 
 def freeze_state(model: nn.Module) -> dict[str, Any] | None:

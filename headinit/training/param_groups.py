@@ -115,8 +115,10 @@ def _new_names(model: nn.Module) -> set[str]:
 def _undecayed_names(model: nn.Module) -> set[str]:
     """Parameters without weight decay, whatever their shape; 1-D ones are left out too."""
     norms = {path for path, module in model.named_modules() if is_norm(module)}
-    ask = getattr(model, "no_weight_decay", None)
-    listed = set(ask()) if callable(ask) else set()
+    listed = set()
+    for prefix, owner in (("", model), ("backbone.", getattr(model, "backbone", None))):
+        ask = getattr(owner, "no_weight_decay", None)
+        listed |= {f"{prefix}{name}" for name in ask()} if callable(ask) else set()
     return {
         name
         for name, _ in model.named_parameters()

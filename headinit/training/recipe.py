@@ -11,6 +11,7 @@ from headinit.errors import ConfigError, unknown_name
 from headinit.training.schedules import SCHEDULES
 
 OPTIMIZERS = ("adamw", "sgd")
+SELECTIONS = ("best", "last")
 PRECISIONS = ("fp32", "bf16", "fp16", "auto")
 
 
@@ -20,21 +21,30 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training data; 0 only evaluates the start.
+        steps: optimizer steps instead of epochs; the last epoch is cut short. None counts epochs.
         lr: peak learning rate of the new parameters (of all, where no head is recorded).
         backbone_lr: of the pretrained ones; None for a tenth of `lr`.
         layer_decay: factor on `backbone_lr` from one block to the one below it; None for none.
         weight_decay: decoupled for ``"adamw"``, in the gradient for ``"sgd"``; never on biases and norms.
         optimizer: ``"adamw"`` (betas, eps) or ``"sgd"`` (momentum, nesterov).
-        schedule: ``"cosine"``, ``"linear"``, ``"step"`` (times `step_gamma` every `step_epochs`) or ``"constant"``.
+        bias_correction: of Adam's moments; False for the BERT authors' Adam, which has none.
+        schedule: ``"cosine"``, ``"linear"``, ``"step"`` (times `step_gamma` every `step_epochs`), ``"staircase"``
+            (times `step_gamma` at each of the steps `milestones`) or ``"constant"``.
         warmup: share of all steps, in [0, 1), over which the rates rise linearly from 0.
         clip_norm: greatest norm of the whole gradient; None for no clipping.
         accumulation: batches per optimizer step; the mean over their targets is exact, also in a shorter last step.
         label_smoothing: for cross entropy, in [0, 1).
+        mixup: alpha of MixUp (see `headinit.training.mixup`), for pictures and features; 0 for none.
         patience: evaluations without improvement after which training stops; None for never.
         monitor: validation metric that chooses the best epoch.
+        select: ``"best"`` keeps the weights of the best epoch, ``"last"`` those of the last.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"`` autocast, or ``"auto"``: bf16 where the hardware has it and the
             model's features on its first batch stay within 1 % of float32, else fp32.
         evaluate_every: epochs between evaluations; the last epoch is always evaluated.
+        ema: decay of an average of the weights over the steps, such as 0.999 (see `training.averaging`), which is
+            evaluated and kept in the place of the weights; None for none.
+        compile: True to compile the training steps with `torch.compile`, ``"auto"`` where it pays (on a GPU, and for
+            long runs on pictures), False not to. Where there is no compiler, a message says so and nothing is compiled.
         channels_last: lay pictures out as (N, H, W, C) in memory; faster convolutions, other rounding.
         seed: of dropout and stochastic depth.
 
@@ -47,6 +57,7 @@ class Recipe:
     """
 
     epochs: int = 10
+    steps: int | None = None
     lr: float = 1e-3
     backbone_lr: float | None = None
     layer_decay: float | None = None
@@ -56,22 +67,29 @@ class Recipe:
     nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    bias_correction: bool = True
     schedule: str = "cosine"
     warmup: float = 0.1
     step_epochs: int = 10
     step_gamma: float = 0.1
+    milestones: tuple[int, ...] = ()
     clip_norm: float | None = 1.0
     accumulation: int = 1
     label_smoothing: float = 0.0
+    mixup: float = 0.0
     patience: int | None = None
     monitor: str = "accuracy"
+    select: str = "best"
     precision: str = "fp32"
     evaluate_every: int = 1
+    ema: float | None = None
+    compile: bool | str = False
     channels_last: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         mistakes = [*self._unknown_names(), *self._out_of_range()]
         if mistakes:
             raise ConfigError("\n".join(mistakes))
@@ -81,6 +99,7 @@ class Recipe:
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
+            ("select", SELECTIONS),
             ("monitor", tuple(HIGHER_IS_BETTER)),
         ):
             if getattr(self, setting) not in known:
@@ -89,6 +108,7 @@ class Recipe:
     def _out_of_range(self) -> Iterator[str]:
         ranges: dict[str, tuple[float, float, str]] = {
             "epochs": (0, math.inf, "a whole number from 0 on"),
+            "steps": (1, math.inf, "a whole number from 1 on, or null to count epochs"),
             "lr": (0.0, math.inf, "a number from 0 on, such as 1e-3"),
             "backbone_lr": (0.0, math.inf, "a number from 0 on, such as 1e-5"),
             "layer_decay": (math.ulp(0.0), 1.0, "a factor above 0 and up to 1, such as 0.75"),
@@ -101,10 +121,12 @@ class Recipe:
             "clip_norm": (math.ulp(0.0), math.inf, "a number above 0, or null for no clipping"),
             "accumulation": (1, math.inf, "a whole number from 1 on"),
             "label_smoothing": (0.0, math.nextafter(1.0, 0.0), "a share from 0 to below 1"),
+            "mixup": (0.0, math.inf, "a number from 0 (none) on, such as 0.1"),
             "patience": (1, math.inf, "a whole number from 1 on, or null for none"),
             "evaluate_every": (1, math.inf, "a whole number from 1 on"),
+            "ema": (0.0, math.nextafter(1.0, 0.0), "a decay from 0 to below 1, such as 0.999, or null for no average"),
         }
-        optional = ("backbone_lr", "layer_decay", "clip_norm", "patience")
+        optional = ("steps", "backbone_lr", "layer_decay", "clip_norm", "patience", "ema")
         for setting, (low, high, advice) in ranges.items():
             value = getattr(self, setting)
             whole = advice.startswith("a whole") and isinstance(value, float)
@@ -113,5 +135,13 @@ class Recipe:
                 yield f"{setting}={value!r} is out of range. Give {advice}."
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             yield f"betas={self.betas!r} are out of range. Give two numbers from 0 to below 1, such as [0.9, 0.999]."
+        if self.compile not in (True, False, "auto"):
+            yield f"compile={self.compile!r} is none of true, false and auto."
+        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            yield f"milestones={self.milestones!r} must be whole numbers above 0 that rise, such as [200, 300, 400]."
+        if self.schedule == "staircase" and not self.milestones:
+            yield "schedule=staircase needs milestones, the optimizer steps at which rates fall, such as [200, 300]."
+        if self.select == "last" and self.patience is not None:
+            yield "patience waits for a better epoch and select=last keeps the last one: drop one of the two."
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             yield "Nesterov momentum needs a momentum above 0. Give momentum=0.9, or nesterov=false."

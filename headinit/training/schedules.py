@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 
-SCHEDULES = ("cosine", "linear", "step", "constant")
+SCHEDULES = ("cosine", "linear", "step", "staircase", "constant")
 
 
 def learning_rate_factor(
@@ -16,12 +18,14 @@ def learning_rate_factor(
     steps_per_epoch: int = 1,
     step_epochs: int = 10,
     step_gamma: float = 0.1,
+    milestones: Sequence[int] = (),
 ) -> float:
     """What the learning rates of all groups are multiplied by at an optimizer step.
 
     With t the step, w the warm-up and T the total: t / w while t < w; then ``cosine`` (1 + cos(pi (t - w) / (T - w)))
     / 2 (Loshchilov and Hutter, 2017, without restarts), ``linear`` (T - t) / (T - w), ``step`` gamma^floor(epoch /
-    step_epochs), ``constant`` 1. Cosine, linear and constant are those of transformers, step is torch's `StepLR`.
+    step_epochs), ``staircase`` gamma to the number of milestones reached, ``constant`` 1. Cosine, linear and constant
+    are those of transformers, step is torch's `StepLR` and staircase its `MultiStepLR`, counted in optimizer steps.
 
     Args:
         name: one of `SCHEDULES`.
@@ -29,6 +33,7 @@ def learning_rate_factor(
         total_steps: optimizer steps of the whole run.
         warmup_steps: steps of linear warm-up from 0.
         steps_per_epoch, step_epochs, step_gamma: for ``step``.
+        milestones: rising steps from each of which on the rates are multiplied by `step_gamma`, for ``staircase``.
 
     Example:
         >>> [round(learning_rate_factor("cosine", step, 4, warmup_steps=1), 3) for step in range(5)]
@@ -40,6 +45,8 @@ def learning_rate_factor(
         return 1.0
     if name == "step":
         return step_gamma ** (step // steps_per_epoch // step_epochs)
+    if name == "staircase":
+        return step_gamma ** bisect_right(milestones, step)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if name == "linear":
         return max(0.0, 1.0 - progress)

@@ -60,6 +60,8 @@ def test_classification_agrees_with_scikit_learn(classes: int, present: int, dty
             "nll": reference.log_loss(truth, probabilities, labels=np.arange(classes)),
             "ece": expected_calibration_error(probabilities, truth),
         }
+        if classes == 2:
+            wanted["f1"] = reference.f1_score(truth, predictions, zero_division=0)
     assert scores.keys() == wanted.keys()
     for name, value in wanted.items():
         assert scores[name] == pytest.approx(value, abs=1e-12), name

@@ -10,7 +10,7 @@ from headinit.data.catalog import LOADERS, known_options, load_data
 from headinit.errors import DataError
 
 CONF = Path(__file__).resolve().parents[2] / "conf" / "data"
-COMMON = {"name", "modality", "validation", "per_class", "train_size", "augmentation", "split_seed"}
+COMMON = {"name", "modality", "validation", "per_class", "train_size", "augmentation", "split_seed", "join_validation"}
 FILES = sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
@@ -26,7 +26,8 @@ def test_every_data_set_has_its_settings():
 def test_settings_and_options_are_in_step(name):
     settings = read(name)
     options = known_options(settings["name"])
-    assert set(settings) == COMMON | set(options)
+    built_in = name in ("digits", "pydocs")  # they have a test split
+    assert set(settings) == COMMON | set(options) | (set() if built_in else {"test"})
     assert settings["modality"] in ("image", "text", "auto")
     assert settings["augmentation"] == AUGMENTATIONS[0]
     if settings["name"] == name:
@@ -37,7 +38,7 @@ def test_settings_and_options_are_in_step(name):
 
 
 def test_trec_settings_read_real_trec(shared_data):
-    settings = {key: value for key, value in read("trec").items() if key not in COMMON}
+    settings = {key: value for key, value in read("trec").items() if key not in COMMON | {"test"}}
     splits = load_data("csv", **{**settings, "root": shared_data / "trec"}, train_size=0.1)
     assert (len(splits.train), len(splits.validation), len(splits.test or ())) == (436, 1090, 500)
 
@@ -60,3 +61,16 @@ def test_subsets_keep_validation_and_test_whole():
     assert few.train.fingerprint != whole.train.fingerprint
     assert few.train.labels.bincount().tolist() == [3] * 10
     assert len(load_data("digits", train_size=0.5).train) == 540
+
+
+def test_a_test_share_is_held_out_where_there_is_none(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"words {i},{'ab'[i % 2]}\n" for i in range(40)))
+    splits = load_data("csv", root=tmp_path, test=0.25)
+    whole = load_data("csv", root=tmp_path)
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 8, 8)
+    parts = [set(part.items) for part in (splits.train, splits.validation, splits.test)]
+    assert len(set.union(*parts)) == 40
+    assert set(splits.validation.items) == set(whole.validation.items)
+    with pytest.raises(DataError, match=r"digits has a test split of 359 examples\. Leave data\.test at null"):
+        load_data("digits", test=0.2)

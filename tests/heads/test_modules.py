@@ -166,3 +166,22 @@ def test_pooling_against_plain_loops() -> None:
     with pytest.raises(HeadError, match="Unknown pooling"):
         pool_tokens(tokens, "sum")
     assert as_tokens(torch.rand(2, 4, 3, 3)).shape == (2, 9, 4)
+
+
+@pytest.mark.parametrize("pooling", ["logsumexp", "max"])
+def test_multi_proxy_head_joins_the_rows_of_a_class(pooling: str) -> None:
+    head = build_head("multi_proxy", 6, 3, options={"proxies": 4, "pooling": pooling})
+    x = torch.randn(5, 6, dtype=torch.float64)
+    rows = F.linear(x, head.output.weight.double(), head.output.bias.double()).view(5, 3, 4)
+    wanted = rows.max(2).values if pooling == "max" else rows.exp().sum(2).log()
+    torch.testing.assert_close(head.double()(x), wanted)
+    assert (head.in_features, head.out_features) == (6, 3)
+    assert output_layer(head).out_features == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "match"), [({"proxies": 0}, "proxies of at least 1"), ({"pooling": "mean"}, "Known: logsumexp, max")]
+)
+def test_multi_proxy_head_options(options: dict, match: str) -> None:
+    with pytest.raises(HeadError, match=match):
+        build_head("multi_proxy", 6, 3, options=options)

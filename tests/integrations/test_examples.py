@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import headinit
+from headinit.errors import CheckpointError, TrainingError
 from headinit.heads.record import record_of
 from headinit.training.freezing import frozen_digest
 from tests.heads.models import tiny
@@ -149,6 +150,22 @@ def test_adapters_leave_the_frozen_part_in_evaluation_mode() -> None:
     batch = {"input_ids": torch.randint(5, 60, (2, 5))}
     assert torch.equal(adapted(**batch).logits, adapted(**batch).logits)  # the pretrained dropout is off
     assert any(module.training for name, module in adapted.named_modules() if "lora_dropout" in name)
+
+
+def test_freezing_and_saving_around_adapters_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
+    model = headinit.freeze(headinit.attach_head(language(), 3), "all")
+    new = list(record_of(model).new_modules)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=new))
+    trains = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trains) == 2 * 2 + 2
+    for wrapped in (adapted, model):  # the adapters are in the model itself, too
+        with pytest.raises(TrainingError, match=r"PEFT's adapters .* first, then get_peft_model"):
+            headinit.freeze(wrapped, "none")
+    assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trains
+    with pytest.raises(CheckpointError, match="merge_and_unload"):
+        headinit.save(adapted, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def logits(head: HeadWeights, x: torch.Tensor) -> torch.Tensor:
 
 
 def ridge_problem(data: FeatureSet, centre: bool = True) -> RidgeProblem:
-    return RidgeProblem.of(Moments.of(data), data, centre, generator())
+    return RidgeProblem.of(Moments.of(data), data, centre)
 
 
 # Ridge.
@@ -227,8 +227,8 @@ def test_lda_leave_one_out_equals_explicit_refits(size: int, width: int, shrinka
     """Refits without the example, with the two things held that the formula holds: the target c and the divisor N."""
     data = clusters(size, width)
     problem = LDAProblem.of(Moments.of(data), data, torch.arange(size), standardise=False)
-    coordinates = problem.outer.apply(data.features) @ problem.axes
-    found = problem._scores(coordinates, data.labels, shrinkage)
+    coordinates = problem.rotation.apply(data.features)
+    found = problem._scores(coordinates, coordinates.square(), data.labels, shrinkage)
     x, y = data.features.double().numpy(), data.labels.numpy()
     for i in range(size):
         rest = np.arange(size) != i

@@ -14,7 +14,7 @@ from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
 from headinit.schemes.calibration import fit_scale, log_losses, mixing_weights
 from headinit.schemes.fixed import Orthogonal, Zeros
-from headinit.schemes.prototypes import ClassMean, Imprint, Source
+from headinit.schemes.prototypes import ClassMean, Imprint
 from headinit.schemes.scaling import (
     LSUV,
     MODIFIERS,
@@ -315,16 +315,6 @@ def test_modifiers_left_out() -> None:
     for name, modifier in MODIFIERS.items():
         assert modifier(Zeros(), None) == Zeros(), name
         assert modifier(Zeros(), False) == Zeros(), name
-
-
-def test_wrappers_pass_the_source_on() -> None:
-    scheme = schemes.build("source", logit_std=1.0, prior_bias=True)
-    assert scheme.needs_source
-    bound = scheme.with_source(torch.randn(6, 8, generator=generator(3)), None)
-    data = clusters()
-    assert bound(SHAPE, generator(), data).weight.shape == (4, 8)
-    assert not schemes.build("he", logit_std=1.0).needs_source
-    assert Source().needs_source
 
 
 @pytest.mark.parametrize(

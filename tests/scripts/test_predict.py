@@ -254,7 +254,7 @@ def saved(tmp_path: Path, pictures: Path) -> Path:
         (["model={}/empty"], "holds no saved model"),
         (["model={}/models"], "holds several runs"),
         (["model={}/models/bare", "input=x.png"], "without its preprocessing"),
-        (["model={}/models/token", "input=a film"], "single tokens"),
+        (["model={}/models/token", "input=a film", "text_pair=the plot"], "pair of texts"),
         (["model={}/models/pictures"], "What is to be labelled"),
         (["model={}/models/pictures", "input=absent.png"], "absent.png: there is no such file"),
         (["model={}/models/pictures", "input={}/empty"], "holds no picture"),
@@ -294,3 +294,45 @@ def test_weights_that_give_no_number(predict: Run, pictures: Path, tmp_path: Pat
     assert code == 2
     assert "not finite" in err
     assert "3 of 3 inputs" in err
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_gets_the_tag_of_its_first_token(predict: Run, tmp_path: Path) -> None:
+    """Sentences of different length together are what each of them is alone, line by line."""
+    names = ("O", "B-PER", "I-PER")
+    model = attach_head(tiny("BertForTokenClassification"), 3, seed=1, task="token", class_names=names).eval()
+    save(model, tmp_path / "model", preprocessing=TEXTS)
+    sentences = [["a", "good", "film"], ["it's", "really", "not", "fine", "."], ["bad"]]
+    (tmp_path / "new.conll").write_text("\n\n".join("\n".join(f"{word} NN" for word in own) for own in sentences))
+    expected = []
+    for own in sentences:
+        with torch.no_grad():
+            ids = TEXTS.tokenizer(own, is_split_into_words=True, return_tensors="pt")
+            expected += [names[k] for k in call_model(model, dict(ids))[0].argmax(-1).tolist()]
+    rows = {}
+    for suffix in ("csv", "jsonl"):
+        output = tmp_path / f"tags.{suffix}"
+        code, out, err = predict(f"model={tmp_path}/model", f"input={tmp_path}/new.conll", f"output={output}")
+        assert (code, err) == (0, "")
+        assert "9 rows" in out.replace("\n", " ")
+        lines = output.read_text().splitlines()
+        rows[suffix] = list(csv.DictReader(lines)) if suffix == "csv" else [json.loads(line) for line in lines]
+    words = [word for own in sentences for word in own]
+    for found in rows.values():
+        assert [row["word"] for row in found] == words
+        assert [row["label"] for row in found] == expected
+        assert [row["name"].rpartition(" ")[2] for row in found] == ["1"] * 3 + ["5"] * 5 + ["11"]
+
+
+def test_a_sentence_is_parted_into_words_and_what_is_cut_off_is_named(predict: Run, tmp_path: Path) -> None:
+    model = attach_head(tiny("BertForTokenClassification"), 3, seed=1, task="token").eval()
+    save(model, tmp_path / "model", preprocessing=TEXTS)
+    code, _, _ = predict(f"model={tmp_path}/model", "input=it's a film, really.", f"output={tmp_path}/tags.csv")
+    assert code == 0
+    with (tmp_path / "tags.csv").open() as file:
+        assert [row["word"] for row in csv.DictReader(file)] == ["it's", "a", "film", ",", "really", "."]
+    code, _, err = predict(f"model={tmp_path}/model", "input=" + "film " * 20)
+    assert code == 2
+    assert "4 of 20 words have no token" in err

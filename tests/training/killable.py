@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from headinit.data.loading import Batch, TensorBatches
+from headinit.features.extract import extract_features
+from headinit.training.drift import DriftWatch
 from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze
+from headinit.training.phases import SCHEDULED_POLICIES, finetune_in_phases, gradual_phases, lp_ft_phases
 from headinit.training.recipe import Recipe
 
 from .models import record_head
@@ -40,7 +43,7 @@ def build(policy: str | int) -> nn.Module:
         torch.manual_seed(11)
         body = [nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Dropout(0.3)) for _ in range(3)]
         model = record_head(nn.Sequential(*body, nn.Linear(6, 3)), "3")
-    return freeze(model, policy)
+    return freeze(model, "none" if policy in SCHEDULED_POLICIES else policy)
 
 
 def data(count: int = 90, pause: float = 0.0) -> SlowBatches:
@@ -52,10 +55,31 @@ def data(count: int = 90, pause: float = 0.0) -> SlowBatches:
 
 
 def run(
-    model: nn.Module, folder: str | None, *, pause: float = 0.0, recipe: Recipe = RECIPE, **options: object
+    model: nn.Module,
+    folder: str | None,
+    *,
+    policy: str | int = "",
+    pause: float = 0.0,
+    recipe: Recipe = RECIPE,
+    **options: object,
 ) -> TrainingOutcome:
     train, validation = data(pause=pause), data(count=30)
-    return finetune(model, train, validation, recipe, folder=folder, cpu=True, **options)  # type: ignore[arg-type]
+    options |= {"folder": folder, "cpu": True, "drift": DriftWatch(16)}
+    if policy == "lp_ft":
+        features = on_features(model, train), on_features(model, validation)
+        phases = lp_ft_phases(recipe, probe_epochs=3)
+        return finetune_in_phases(model, train, validation, recipe, phases, features=features, **options)  # type: ignore[arg-type]
+    if policy == "gradual":
+        phases = gradual_phases(recipe, stages=2)
+        return finetune_in_phases(model, train, validation, recipe, phases, **options)  # type: ignore[arg-type]
+    return finetune(model, train, validation, recipe, **options)  # type: ignore[arg-type]
+
+
+def on_features(model: nn.Module, batches: SlowBatches) -> SlowBatches:
+    found = extract_features(model, (batches.features, batches.labels))
+    result = SlowBatches(found.features, found.labels, 8, shuffle_seed=3)
+    result.pause = batches.pause
+    return result
 
 
 def fingerprint(model: nn.Module, outcome: TrainingOutcome) -> str:
@@ -75,5 +99,5 @@ if __name__ == "__main__":
     run(build(chosen), None, recipe=Recipe(epochs=0))  # import everything, so that a kill hits the run
     print("ready", flush=True)
     told = lambda row: print("evaluated", row["epoch"], flush=True)  # noqa: E731
-    result = run(network, sys.argv[1], pause=0.01, save_every_steps=2, on_evaluation=told)
+    result = run(network, sys.argv[1], policy=chosen, pause=0.01, save_every_steps=2, on_evaluation=told)
     print(fingerprint(network, result), flush=True)

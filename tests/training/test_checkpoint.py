@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from headinit.analysis.results import METRICS_FILE
 from headinit.errors import CheckpointError
 from headinit.training import checkpoint as checkpoint_module
 from headinit.training.checkpoint import CURRENT, PREVIOUS, read_checkpoint, run_lock, stop_on_sigterm, write_checkpoint
@@ -22,6 +23,7 @@ from headinit.training.recipe import Recipe
 
 from .killable import RECIPE, build, data, fingerprint, run
 
+POLICIES = ("all", "none", 1, "lp_ft", "gradual")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,14 +40,14 @@ def _one_thread() -> None:
 def uninterrupted() -> dict[object, str]:
     torch.set_num_threads(1)
     results = {}
-    for policy in ("all", "none", 1):
+    for policy in POLICIES:
         model = build(policy)
-        results[policy] = fingerprint(model, run(model, None))
+        results[policy] = fingerprint(model, run(model, None, policy=policy))
     return results
 
 
-@pytest.mark.parametrize("policy", ["all", "none", 1])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("seed", range(3))
 def test_resumed_runs_are_bit_identical(
     policy: str | int, seed: int, tmp_path: Path, uninterrupted: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +74,7 @@ def test_resumed_runs_are_bit_identical(
     while True:
         model = build(policy)
         try:
-            outcome = run(model, str(tmp_path), save_every_steps=dice.choice([1, 2, None]))
+            outcome = run(model, str(tmp_path), policy=policy, save_every_steps=dice.choice([1, 2, None]))
             break
         except Killed:
             kills += 1
@@ -117,32 +119,58 @@ def test_killed_and_terminated_processes_go_on(tmp_path: Path, uninterrupted: di
 
 
 def _run_and_tell(folder: Path, policy: str | int, result: Path) -> None:
+    from headinit.experiment import _metrics_writer
+
     torch.set_num_threads(1)
     model = build(policy)
-    outcome = run(model, str(folder), pause=0.005, save_every_steps=2)
+    options: dict = {"save_every_steps": 2, "on_evaluation": _metrics_writer(folder)}
+    outcome = run(model, str(folder / "checkpoint"), policy=policy, pause=0.005, **options)
     result.write_text(fingerprint(model, outcome))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs fork, so that importing takes no time")
-@pytest.mark.parametrize("policy", ["all", "none", 1])
-def test_sigkill_at_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
-    dice, kills = random.Random(str(policy)), 0
+def _kill_until_finished(folder: Path, policy: str | int, dice: random.Random, growth: float) -> int:
+    """Kill a run at random moments until it ends by itself; returns how often. `folder`.result has its fingerprint."""
+    kills = 0
     for attempt in range(60):
-        result = tmp_path / f"result{attempt}"
         process = multiprocessing.get_context("fork").Process(
-            target=_run_and_tell, args=(tmp_path / "run", policy, result)
+            target=_run_and_tell, args=(folder, policy, folder.with_suffix(".result"))
         )
         process.start()
         # Later attempts may run longer: on a busy machine even the start takes a while.
-        process.join(timeout=dice.uniform(0.02, 0.2 + 0.03 * attempt))
+        process.join(timeout=dice.uniform(0.02, 0.2 + growth * attempt))
         process.kill()
         process.join()
         if process.exitcode == 0:
             break
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-    assert kills > 0
-    assert result.read_text() == uninterrupted[policy]
+    return kills
+
+
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, so that importing takes no time")
+
+
+@needs_fork
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sigkill_at_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
+    assert _kill_until_finished(tmp_path / "run", policy, random.Random(str(policy)), growth=0.1) > 0
+    assert (tmp_path / "run.result").read_text() == uninterrupted[policy]
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sigkill_at_twenty_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
+    """Weights, history, best epoch and the bytes of metrics.jsonl; a run that has ended is followed by another."""
+    _run_and_tell(tmp_path / "whole", policy, tmp_path / "whole.result")
+    expected = (tmp_path / "whole" / METRICS_FILE).read_bytes()
+    dice, kills, runs = random.Random(f"twenty/{policy}"), 0, 0
+    while kills < 20:
+        folder = tmp_path / f"run{runs}"
+        kills += _kill_until_finished(folder, policy, dice, growth=0.03)
+        assert folder.with_suffix(".result").read_text() == uninterrupted[policy]
+        assert (folder / METRICS_FILE).read_bytes() == expected
+        runs += 1
 
 
 def test_sigterm_saves_the_very_step(tmp_path: Path, uninterrupted: dict) -> None:
@@ -152,6 +180,28 @@ def test_sigterm_saves_the_very_step(tmp_path: Path, uninterrupted: dict) -> Non
     assert caught.value.code == 143
     assert read_checkpoint(tmp_path)[1]["steps"] == 1  # type: ignore[index]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    model = build("none")
+    assert fingerprint(model, run(model, str(tmp_path))) == uninterrupted["none"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no such signal here")
+def test_a_warning_of_the_queue_is_handed_on_after_saving(tmp_path: Path, uninterrupted: dict) -> None:
+    """As under submitit, whose handler of SIGUSR2 puts the job in the queue again and ends the process."""
+    told: list[int] = []
+
+    def requeue(number: int, frame: object) -> None:
+        assert (tmp_path / CURRENT).is_file()
+        told.append(number)
+        raise SystemExit(255)
+
+    earlier = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run(build("none"), str(tmp_path), on_evaluation=lambda row: os.kill(os.getpid(), signal.SIGUSR2))
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, earlier)
+    assert (caught.value.code, told) == (255, [signal.SIGUSR2])
     model = build("none")
     assert fingerprint(model, run(model, str(tmp_path))) == uninterrupted["none"]
 

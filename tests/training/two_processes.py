@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 
 import torch
 from torch import nn
 
+from headinit.analysis.metrics import metrics_for
 from headinit.data.loading import TensorBatches
 from headinit.training.finetune import finetune
 from headinit.training.freezing import freeze, frozen_digest
@@ -27,8 +30,19 @@ def train(batch_size: int) -> tuple[nn.Module, dict]:
     batches = TensorBatches(x, x[:, :3].argmax(1), batch_size, shuffle_seed=1)
     validation = TensorBatches(x[:33], x[:33, :3].argmax(1), 4)
     digest = frozen_digest(model)
+    stop_after = os.environ.get("HEADINIT_TEST_STOP")  # an evaluation at which the second process is asked to end
+
+    def metrics(outputs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+        told.append(1)
+        if stop_after and len(told) == 1 + int(stop_after) and torch.distributed.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return scores(outputs, labels)
+
+    told: list[int] = []
+    scores = metrics_for("single_label")
+    folder = os.environ.get("HEADINIT_TEST_FOLDER")
     recipe = Recipe(epochs=3, lr=0.01, accumulation=2, monitor="nll")
-    outcome = finetune(model, batches, validation, recipe, cpu=True)
+    outcome = finetune(model, batches, validation, recipe, cpu=True, folder=folder, evaluate_metrics=metrics)
     assert frozen_digest(model) == digest
     return model, {"history": outcome.history, "steps": outcome.steps}
 

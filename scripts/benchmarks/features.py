@@ -1,0 +1,141 @@
+"""Import time, feature extraction at full speed, and heads in closed form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.setting import (
+    ROOT,
+    Bench,
+    all_examples,
+    backbone_of,
+    batches_of,
+    in_turns,
+    pictures_of,
+    timed,
+)
+from headinit import schemes
+from headinit.data.catalog import load_data
+from headinit.data.splits import Split
+from headinit.features.extract import FeatureSet, extract_features, relative_error
+from headinit.schemes.scheme import HeadShape
+
+
+def measure_imports(bench: Bench) -> None:
+    """What `import headinit` costs over `import torch`, and how long `--help` takes."""
+
+    commands = {
+        "bare": ("-c", "import torch"),
+        "ours": ("-c", "import torch; import headinit"),
+        "help": (str(ROOT / "scripts" / "finetune.py"), "--help"),
+    }
+
+    def start(command: Sequence[str]) -> None:
+        subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=bench.folder)
+
+    rounds = 8 if bench.size.claims else 1
+    times = in_turns({name: partial(start, command) for name, command in commands.items()}, rounds)
+    best = {name: min(found) for name, found in times.items()}
+    note = f"best of {rounds} processes each"
+    extra = 1000 * (best["ours"] - best["bare"])
+    bench.add("import headinit over import torch", extra, "ms", limit=50, note=note)
+    bench.add("finetune.py --help", best["help"], "s", limit=3, note=note)
+
+
+def measure_extraction(bench: Bench) -> None:
+    """Feature extraction at full speed against the plain eager pass: pictures, then text of mixed length."""
+    split = all_examples(pictures_of(bench))
+    for name in bench.size.backbones:
+        model = backbone_of(bench, name).model
+        with timed() as plain:
+            expected = extract_features(model, batches_of(bench, name, split), speed="plain")
+        with timed() as fast:
+            found = extract_features(model, batches_of(bench, name, split), speed="auto")
+        note = f"{len(split)} pictures, plain {plain[0]:.1f} s, auto {fast[0]:.1f} s, its preparation included"
+        bench.add(f"{name}: times faster", plain[0] / fast[0], "x", note, limit=2.0, at_most=False)
+        error = relative_error(found.features, expected.features)
+        bench.add(f"{name}: relative error", error, limit=1e-4)
+        bench.kept[f"features {name}"] = expected
+        bench.kept[f"seconds {name}"] = (plain[0], fast[0])
+    measure_text_extraction(bench)
+
+
+def measure_text_extraction(bench: Bench) -> None:
+    """MiniLM on texts of mixed length, sorted by length or not."""
+    split = mixed_sentences(bench.size.sentences)
+    model = backbone_of(bench, "minilm").model
+    with timed() as bucketed:
+        found = extract_features(model, batches_of(bench, "minilm", split, bucket=True))
+    with timed() as dynamic:
+        expected = extract_features(model, batches_of(bench, "minilm", split), speed="plain")
+    longest = seconds_padded_to_longest(bench, split)
+    note = (
+        f"{len(split)} texts: sorted by length {bucketed[0]:.1f} s, batches padded to their longest {dynamic[0]:.1f} "
+        f"s, all padded to the longest of all, as run_glue does {longest:.1f} s"
+    )
+    bench.add("text: times faster than padding to a maximum", longest / bucketed[0], "x", note)
+    bench.add(
+        "text: times faster than padding each batch",
+        dynamic[0] / bucketed[0],
+        "x",
+        limit=1.8,
+        at_most=False,
+    )
+    bench.add("text: relative error", relative_error(found.features, expected.features), limit=1e-4)
+
+
+def mixed_sentences(count: int) -> Split:
+    """Texts of one sentence or, each half as often as the one before, up to six: docstrings of installed libraries."""
+    splits = load_data("pydocs", sentences_per_library=max(20, count // 6))
+    items = [str(item) for item in all_examples(splits).items][:count]
+    drawn = torch.rand(len(items), generator=torch.Generator().manual_seed(0))
+    sizes = (1 - drawn.clamp_min(1e-6).log2()).int().clamp(1, 6).tolist()
+    texts = [" ".join(items[(i + k) % len(items)] for k in range(size)) for i, size in enumerate(sizes)]
+    return Split(texts, torch.arange(len(texts)) % 2, [f"text {i}" for i in range(len(texts))], "mixed")
+
+
+@torch.inference_mode()
+def seconds_padded_to_longest(bench: Bench, split: Split) -> float:
+    """A plain pass with every text padded to the length of the longest."""
+    model = backbone_of(bench, "minilm").model.eval()
+    batches = list(batches_of(bench, "minilm", split))
+    width = max(batch.inputs["input_ids"].shape[1] for batch in batches)
+    with timed() as seconds:
+        for batch in batches:
+            missing = width - batch.inputs["input_ids"].shape[1]
+            model(**{name: nn.functional.pad(values, (0, missing)) for name, values in batch.inputs.items()})
+    return seconds[0]
+
+
+def measure_closed_forms(bench: Bench) -> None:
+    """What a head computed from features costs beside the pass that makes them."""
+    name = bench.size.backbones[0]
+    features = features_of(bench)
+    plain, fast = bench.kept[f"seconds {name}"]
+    shape = HeadShape(features.features.shape[1], features.num_classes)
+    for init in ("class_mean", "lda", "ridge"):
+        with timed() as seconds:
+            schemes.build(init)(shape, torch.Generator().manual_seed(0), features)
+        note = f"{seconds[0]:.2f} s; {1 + seconds[0] / fast:.3f} x the fast pass"
+        bench.add(f"{init}: pass and head over the pass", 1 + seconds[0] / plain, "x", note, limit=1.03)
+
+
+def features_of(bench: Bench) -> FeatureSet:
+    """Features of all pictures by the first backbone."""
+    name = bench.size.backbones[0]
+    if f"features {name}" not in bench.kept:
+        split = all_examples(pictures_of(bench))
+        for speed in ("plain", "auto"):
+            with timed() as seconds:
+                bench.kept[f"features {name}"] = extract_features(
+                    backbone_of(bench, name).model, batches_of(bench, name, split), speed=speed
+                )
+            bench.kept.setdefault("both", []).append(seconds[0])
+        bench.kept[f"seconds {name}"] = tuple(bench.kept["both"])
+    return bench.kept[f"features {name}"]

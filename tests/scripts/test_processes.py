@@ -1,0 +1,96 @@
+"""Several processes of one run, as torchrun and accelerate start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headinit.errors import TrainingError
+from headinit.processes import join_processes
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "scripts" / "finetune.py")
+RUN = (
+    "model=timm",
+    "model.name=test_vit",
+    "model.pretrained=false",
+    "model.image_size=32",
+    "init=ridge",
+    "freeze=none",
+    "trainer.epochs=2",
+    "trainer.workers=0",
+    "trainer.progress=false",
+    "data=imagefolder",
+)
+
+
+def launched(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, picture_folder: Path) -> None:
+    """Features in shares, a scheme computed from them, training, evaluation, one result; and found again."""
+    run = [SCRIPT, *RUN, f"data.root={picture_folder}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *run, "trainer.batch_size=8"]
+    two = launched(torchrun, tmp_path)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("best epoch") == 1  # only the first process prints
+    one = launched([*run, "trainer.batch_size=16", "trainer.cache=null"], tmp_path)
+    assert one.returncode == 0, one.stderr[-3000:]
+    (folder,) = tmp_path.glob("outputs/*-2_processes")
+    (other,) = (path.parent for path in tmp_path.glob("outputs/*/result.json") if path.parent != folder)
+    theirs, ours = (json.loads((path / "result.json").read_text()) for path in (folder, other))
+    assert theirs["config"]["trainer"]["processes"] == 2
+    assert (theirs["steps"], theirs["best_epoch"]) == (ours["steps"], ours["best_epoch"])
+    for part in ("init", "val", "test"):
+        for name, value in ours[part].items():
+            if isinstance(value, float):
+                assert theirs[part][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (part, name)
+    lines = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (folder, other)]
+    assert [line["epoch"] for line in lines[0]] == [0, 1, 2]
+    for row, expected in zip(*lines, strict=True):
+        assert row["train_loss"] == (expected["train_loss"] and pytest.approx(expected["train_loss"], rel=1e-4))
+        assert row["nll"] == pytest.approx(expected["nll"], rel=1e-3)
+    again = launched(torchrun, tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("has finished before") == 1
+
+
+@pytest.mark.slow
+def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
+    """The second process is asked to end: both save and leave, and the same command goes on to the same end."""
+    module = ["-m", "tests.training.two_processes", "8"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *module]
+    whole = launched(launcher, ROOT)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    run = {"HEADINIT_TEST_FOLDER": str(tmp_path / "run"), "HEADINIT_TEST_STOP": "1"}
+    stopped = launched(launcher, ROOT, **run)
+    assert stopped.returncode != 0
+    assert "RESULT" not in stopped.stdout
+    assert (tmp_path / "run" / "checkpoint.safetensors").is_file()
+    resumed = launched(launcher, ROOT, **{**run, "HEADINIT_TEST_STOP": ""})
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    told = [json.loads(done.stdout.split("RESULT")[1].splitlines()[0]) for done in (whole, resumed)]
+    assert told[0] == told[1]  # to the same bits
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_models_in_pieces_are_refused_with_what_to_do(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(TrainingError, match=r"whole models only\. Use its MULTI_GPU or MULTI_CPU"):
+        join_processes()
