@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from headinit.errors import TrainingError
 from headinit.processes import join_processes
+
+from ..training.two_processes import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "scripts" / "finetune.py")
@@ -72,7 +75,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, picture_
 
 @pytest.mark.slow
 def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
-    """The second process is asked to end: both save and leave, and the same command goes on to the same end."""
+    """Two processes equal one with the doubled batch. The second is asked to end: both save, leave, and go on."""
     module = ["-m", "tests.training.two_processes", "8"]
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", *module]
@@ -87,6 +90,14 @@ def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     told = [json.loads(done.stdout.split("RESULT")[1].splitlines()[0]) for done in (whole, resumed)]
     assert told[0] == told[1]  # to the same bits
+    model, one = train(16)
+    two = told[0]
+    assert two["steps"] == one["steps"]
+    for theirs, ours in zip(two["history"], one["history"], strict=True):
+        values = [[row[key] or 0.0 for key in ours] for row in (theirs, ours)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
+    weights = {name: torch.tensor(value) for name, value in two["weights"].items()}
+    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

@@ -151,21 +151,20 @@ needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="needs fork, so 
 
 
 @needs_fork
-@pytest.mark.parametrize("policy", POLICIES)
-def test_sigkill_at_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
-    assert _kill_until_finished(tmp_path / "run", policy, random.Random(str(policy)), growth=0.1) > 0
-    assert (tmp_path / "run.result").read_text() == uninterrupted[policy]
+def test_sigkill_at_random_moments(tmp_path: Path, uninterrupted: dict) -> None:
+    assert _kill_until_finished(tmp_path / "run", "none", random.Random("none"), growth=0.1) > 0
+    assert (tmp_path / "run.result").read_text() == uninterrupted["none"]
 
 
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sigkill_at_twenty_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
+def test_sigkill_at_many_random_moments(policy: str | int, tmp_path: Path, uninterrupted: dict) -> None:
     """Weights, history, best epoch and the bytes of metrics.jsonl; a run that has ended is followed by another."""
     _run_and_tell(tmp_path / "whole", policy, tmp_path / "whole.result")
     expected = (tmp_path / "whole" / METRICS_FILE).read_bytes()
     dice, kills, runs = random.Random(f"twenty/{policy}"), 0, 0
-    while kills < 20:
+    while kills < int(os.environ.get("HEADINIT_KILLS", "4")):
         folder = tmp_path / f"run{runs}"
         kills += _kill_until_finished(folder, policy, dice, growth=0.03)
         assert folder.with_suffix(".result").read_text() == uninterrupted[policy]

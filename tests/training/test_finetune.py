@@ -1,13 +1,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -410,28 +405,3 @@ def test_auto_precision_looks_at_the_model(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     finetune(nn.Linear(4, 3), iris(), iris(), Recipe(epochs=1), progress=True, cpu=True)
     assert "10/10" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch() -> None:
-    from .two_processes import train
-
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *command, "-m", "tests.training.two_processes", "8"],
-        cwd=Path(__file__).resolve().parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout.split("RESULT")[1].splitlines()[0])
-    model, one = train(16)
-    assert two["steps"] == one["steps"]
-    for theirs, ours in zip(two["history"], one["history"], strict=True):
-        values = [[row[key] or 0.0 for key in ours] for row in (theirs, ours)]
-        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
-    weights = {name: torch.tensor(value) for name, value in two["weights"].items()}
-    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-6, check_dtype=False)
