@@ -356,7 +356,16 @@ def apply_freeze(model: nn.Module, settings: Settings) -> None:
         policy = settings.freeze.stages
     elif policy == "patterns":
         policy = settings.freeze.patterns
-    freeze(model, policy, norm=settings.freeze.norm)
+    freeze(model, policy, norm=batch_statistics(settings))
+
+
+def batch_statistics(settings: Settings) -> str | None:
+    """What the BatchNorm statistics of a network that trains do: ``"eval"``, they stay as pretrained, or they move.
+
+    Where nothing is said they stay: a few small batches estimate them badly. Those of a random network have to move.
+    """
+    whole = settings.freeze.policy in ("all", "norm") or settings.model.get("pretrained") is False
+    return settings.freeze.norm or (None if whole else "eval")
 
 
 def recipe_of(settings: Settings, task: str = "single_label", class_names: tuple[str, ...] = ()) -> Recipe:
@@ -569,7 +578,7 @@ def _train(
     phases = phases_of(settings, recipe)
     if not phases:
         return finetune(trained, train, validation, recipe, **options)
-    norm = settings.freeze.norm
+    norm = batch_statistics(settings)
     return finetune_in_phases(trained, train, validation, recipe, phases, norm=norm, features=probe, **options)
 
 

@@ -87,6 +87,8 @@ def build_short(
         except (TypeError, ValueError, AssertionError, RuntimeError):  # no size of its own, or not this one
             continue
         cut = _cut(model, choose)
+        if size and not cut:
+            continue  # smaller pictures alone would make it another architecture for nothing
         _fill(model)
         if runs(model):
             assert sites_of(model) == whole, "cutting blocks has changed the head"
