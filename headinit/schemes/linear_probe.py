@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -389,32 +389,13 @@ class FoldPath:
 
 
 def solve_probe(
-    x: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    *,
-    penalty: float,
-    curvature: Tensor,
-    intercept: bool = True,
-    tolerance: float = 1e-9,
-    max_iterations: int = 1000,
-    start: ProbeFit | None = None,
+    x: Tensor, labels: Tensor, num_classes: int, *, start: ProbeFit | None = None, **options: Any
 ) -> ProbeFit:
-    """`solve_probes` for one probe on all examples: weight `(K, r)`, bias `(K,)`."""
+    """`solve_probes`, which takes the options, for one probe on all examples: weight `(K, r)`, bias `(K,)`."""
     if start is not None:
         start = ProbeFit(start.weight[None], start.bias[None], start.objective, start.iterations)
-    fit = solve_probes(
-        x,
-        labels,
-        num_classes,
-        torch.full((1, len(x)), 1.0 / len(x), dtype=x.dtype),
-        penalty=penalty,
-        curvature=curvature,
-        intercept=intercept,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        start=start,
-    )
+    weights = torch.full((1, len(x)), 1.0 / len(x), dtype=x.dtype)
+    fit = solve_probes(x, labels, num_classes, weights, start=start, **options)
     return ProbeFit(fit.weight[0], fit.bias[0], fit.objective, fit.iterations)
 
 
