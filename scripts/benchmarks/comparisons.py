@@ -5,14 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.features import features_of
-from benchmarks.setting import ROOT, Bench, backbone_of, batches_of, pictures_of, plain_seconds, timed
+from benchmarks.setting import ROOT, Bench, Decoded, backbone_of, batches_of, pictures_of, plain_seconds, timed
 from headinit import attach_head, freeze
 from headinit.backbones.load import load_backbone
 from headinit.comparison import compare
@@ -194,17 +194,10 @@ def trainer_epoch(bench: Bench) -> float:
     return seconds[0] / bench.size.peer_epochs
 
 
-class Pictures(torch.utils.data.Dataset):
-    """Pictures as Trainer takes them, decoded one at a time."""
-
-    def __init__(self, split: Split, preprocessing: Callable[[Any], Tensor]) -> None:
-        self.split, self.preprocessing = split, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"pixel_values": self.preprocessing(self.split.items[i]), "labels": self.split.labels[i]}
+def as_trainer_takes_them(examples: Sequence[tuple[Tensor, int]]) -> dict[str, Tensor]:
+    """A batch of pictures and their labels."""
+    pictures, labels = zip(*examples, strict=True)
+    return {"pixel_values": torch.stack(pictures), "labels": torch.tensor(labels)}
 
 
 def trainer_of_pictures(
@@ -222,8 +215,9 @@ def trainer_of_pictures(
     return Trainer(
         model=WithLoss(model),
         args=arguments,
-        train_dataset=Pictures(train, preprocessing),
-        eval_dataset=None if validation is None else Pictures(validation, preprocessing),
+        train_dataset=Decoded(train, preprocessing),
+        eval_dataset=None if validation is None else Decoded(validation, preprocessing),
+        data_collator=as_trainer_takes_them,
     )
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.features import mixed_sentences
 from benchmarks.setting import (
     Bench,
+    Decoded,
     all_examples,
     backbone_of,
     batches_of,
@@ -242,19 +242,6 @@ def our_run(
     with timed() as seconds:
         outcome = finetune(model, train, few, recipe, cpu=True)
     return seconds[0], outcome
-
-
-class Decoded(torch.utils.data.Dataset):
-    """Pictures decoded one at a time, with the same preprocessing as ours."""
-
-    def __init__(self, split: Split, preprocessing: Callable[[Any], Tensor]) -> None:
-        self.split, self.preprocessing = split, preprocessing
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.preprocessing(self.split.items[i]), int(self.split.labels[i])
 
 
 def tutorial_run(bench: Bench, name: str, model: nn.Module, split: Split) -> tuple[float, float]:

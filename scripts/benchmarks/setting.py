@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from headinit.backbones.load import Backbone, load_backbone
 from headinit.data.catalog import load_data
@@ -159,6 +159,19 @@ def timed() -> Iterator[list[float]]:
     start = time.perf_counter()
     yield seconds
     seconds.append(time.perf_counter() - start)
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Pictures decoded one at a time, with the same preprocessing as ours."""
+
+    def __init__(self, split: Split, preprocessing: Callable[[Any], Tensor]) -> None:
+        self.split, self.preprocessing = split, preprocessing
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.preprocessing(self.split.items[i]), int(self.split.labels[i])
 
 
 def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
