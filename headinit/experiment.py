@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from headinit import attach, schemes
 from headinit.analysis.diagnostics import feature_gradient_of, start_diagnostics
-from headinit.analysis.metrics import metric_names, metrics_for, primary_metric
+from headinit.analysis.metrics import HIGHER_IS_BETTER, metric_names, metrics_for, primary_metric
 from headinit.analysis.plots import rate_sweep, save_figure
 from headinit.analysis.results import (
     RESULT_FILE,
@@ -513,9 +513,9 @@ def _run_on_examples(
     with clock("training"):
         outcome = _train(model, loaders.train, loaders.validation, task, settings, folder, probe)
     with clock("evaluation"):
-        rank, processes = process_index(), process_count()
-        evaluations = {"val": task.metrics(*predict(model, loaders.validation, rank=rank, processes=processes))}
+        evaluations = {"val": {name: value for name, value in outcome.best.items() if name in HIGHER_IS_BETTER}}
         if loaders.test is not None:
+            rank, processes = process_index(), process_count()
             evaluations["test"] = task.metrics(*predict(model, loaders.test, rank=rank, processes=processes))
     return start, outcome, evaluations
 

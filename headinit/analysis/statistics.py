@@ -6,6 +6,7 @@ p = 1; one value has no interval (None) and p = 1.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -196,12 +197,17 @@ def bootstrap_interval(values: Sequence[float], statistic: str = "mean", seed: i
         >>> bootstrap_interval([0.5, 0.5, 0.5]), bootstrap_interval([0.5])
         (Interval(estimate=0.5, low=0.5, high=0.5), Interval(estimate=0.5, low=None, high=None))
     """
-    from scipy import stats
-
     sample = _finite_values(values)
     if statistic not in _STATISTICS:
         raise unknown_name("statistic", statistic, _STATISTICS)
-    measure = _STATISTICS[statistic]
+    return _bootstrap_interval(tuple(sample.tolist()), statistic, seed)
+
+
+@functools.lru_cache(maxsize=4096)  # a report asks for the interval of its table in each of its parts
+def _bootstrap_interval(values: tuple[float, ...], statistic: str, seed: int) -> Interval:
+    from scipy import stats
+
+    sample, measure = np.array(values), _STATISTICS[statistic]
     estimate = float(measure(sample, axis=-1))
     if len(sample) == 1:
         return Interval(estimate, None, None)

@@ -64,6 +64,14 @@ def test_runs_of_finetune_are_analysed(tmp_path: Path, picture_folder: Path) -> 
     assert (tmp_path / "outputs" / "report.html").is_file()
 
 
+def test_augmented_views_from_the_command_line(tmp_path: Path, picture_folder: Path) -> None:
+    options = ("data=imagefolder", f"data.root={picture_folder}", "data.augmentation=basic", "views=2", "init=[he]")
+    found = script("compare", *SMALL, *options, "optim.lr=[1e-2]", "seeds=1", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert len(list(tmp_path.glob("outputs/features/*/complete.json"))) == 3  # plain pictures, and two views of them
+    assert not list(tmp_path.glob("outputs/compare-*/runs"))  # the head bank trained on them, the backbone ran no more
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -75,6 +83,7 @@ def test_runs_of_finetune_are_analysed(tmp_path: Path, picture_folder: Path) -> 
         (["freeze=[all,nothing]"], "nothing"),
         (["runs=nowhere"], "nowhere"),
         (["model=minilm"], "data=pydocs"),
+        (["views=2"], "data.augmentation=basic"),
         (["data.per_class=[100000]"], "per_class"),
     ],
 )
