@@ -25,6 +25,7 @@ from headinit.features.extract import to_model
 from headinit.heads.locate import evaluating
 from headinit.heads.record import call_model, record_of
 from headinit.persistence import MANIFEST, load, preprocessing_of
+from headinit.training.averaging import soup
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -115,6 +116,24 @@ def load_for_prediction(folder: str | os.PathLike | None) -> nn.Module:
             "with headinit.save(model, folder, preprocessing=...)."
         )
     return model
+
+
+def load_soup(folders: Sequence[str | os.PathLike]) -> nn.Module:
+    """The mean of several saved models of one task, such as runs that differ in the order of their examples.
+
+    Raises:
+        ConfigError: the models name their classes differently.
+        CheckpointError: as `load_for_prediction`.
+        TrainingError: they are not of one network and head.
+    """
+    models = [load_for_prediction(folder) for folder in folders]
+    names = [record_of(model).class_names for model in models]
+    for folder, own in zip(folders, names, strict=True):
+        if own != names[0]:
+            raise ConfigError(
+                f"{folder} predicts other classes than {folders[0]}: only models of one task have a mean."
+            )
+    return soup(models)
 
 
 # --- the inputs -------------------------------------------------------------------------------------------------------

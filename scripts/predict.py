@@ -3,13 +3,15 @@
 python scripts/predict.py model=outputs/RUN input=photo.jpg                  one picture
 python scripts/predict.py model=outputs/RUN input=photos output=labels.csv   a folder, and those below it
 python scripts/predict.py model=outputs/RUN input="A sentence."              or a file: .txt .csv .tsv .jsonl .conll
+python scripts/predict.py model=[outputs/A,outputs/B] input=photos           the mean of several runs' weights (a soup)
 """
 
 import re
 import sys
+from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from headinit.command_line import run_script
 from headinit.errors import DataError, HeadInitError
@@ -47,7 +49,9 @@ def _label(config: DictConfig) -> None:
 
     prediction.check_settings(config.batch_size, config.top_k, config.threshold, config.show)
     output = prediction.check_output(config.output, config.input)
-    model = prediction.load_for_prediction(config.model.folder)
+    folder = config.model.folder
+    several = isinstance(folder, ListConfig) and len(folder) > 0
+    model = prediction.load_soup(list(folder)) if several else prediction.load_for_prediction(folder)
     modality = prediction.preprocessing_of(model).modality
     inputs = prediction.find_inputs(config.input, modality, config.text, config.text_pair)
     found = prediction.label_inputs(
@@ -75,6 +79,8 @@ def _quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if key not in _VERBATIM or not equals or value in ("", "null"):
         return argument
+    if key == "model" and re.fullmatch(r"\[.*\]", value) and not Path(value).exists():
+        return f"{_VERBATIM[key]}={value}"
     inside = re.fullmatch(r"""(['"])(.*)\1""", value, re.DOTALL)
     if inside and inside.group(1) not in inside.group(2):  # quoted by hand, as other scripts need it
         value = inside.group(2)

@@ -120,6 +120,28 @@ def test_one_picture_and_more_ranks(predict: Run, pictures: Path, tmp_path: Path
     assert row["label"] == row["top"][0]["label"]
 
 
+def test_the_mean_of_several_models(predict: Run, pictures: Path, tmp_path: Path) -> None:
+    models = [picture_model(class_names=NAMES) for _ in range(2)]
+    for number, model in enumerate(models):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * number)
+        save(model, tmp_path / f"run {number}" / "model", preprocessing=PICTURES)
+    folders = ",".join(f"'{tmp_path}/run {number}'" for number in range(2))
+    code, _, err = predict(f"model=[{folders}]", f"input={pictures / 'red.png'}", "output=mean.csv")
+    assert (code, err) == (0, "")
+    mean = picture_model()
+    with torch.no_grad():
+        for own, first, second in zip(mean.parameters(), *(model.parameters() for model in models), strict=True):
+            own.copy_((first.double() + second.double()) / 2)
+    (row,) = rows_of("mean.csv")
+    assert float(row["probability"]) == pytest.approx(expected(mean, pictures / "red.png").softmax(0).max().item())
+    save(picture_model(class_names=("a", "b", "c")), tmp_path / "other", preprocessing=PICTURES)
+    code, _, err = predict(f"model=['{tmp_path}/run 0','{tmp_path}/other']", f"input={pictures}")
+    assert code == 2
+    assert "predicts other classes" in err
+
+
 def test_what_cannot_be_read_is_named_and_the_rest_is_done(predict: Run, pictures: Path, tmp_path: Path) -> None:
     save(picture_model(), tmp_path / "model", preprocessing=PICTURES)
     (pictures / "bad[1].png").write_bytes(b"no picture")

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from headinit.errors import TrainingError
 from headinit.processes import join_processes
@@ -74,6 +76,25 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, picture_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("phases", ["lp_ft", "gradual"])
+def test_phases_on_two_processes_equal_one_with_the_doubled_batch(phases: str) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = launched([*torchrun, "-m", "tests.training.two_processes", "8", phases], ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(json.loads(done.stdout.split("RESULT")[1].splitlines()[0]), *train(16, phases))
+
+
+def assert_same(two: dict[str, Any], model: nn.Module, one: dict[str, Any]) -> None:
+    """What two processes found, and one, to rounding."""
+    assert two["steps"] == one["steps"]
+    for theirs, ours in zip(two["history"], one["history"], strict=True):
+        values = [[row[key] or 0.0 for key in ours if key != "phase"] for row in (theirs, ours)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
+    weights = {name: torch.tensor(value) for name, value in two["weights"].items()}
+    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.slow
 def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
     """Two processes equal one with the doubled batch. The second is asked to end: both save, leave, and go on."""
     module = ["-m", "tests.training.two_processes", "8"]
@@ -90,14 +111,7 @@ def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     told = [json.loads(done.stdout.split("RESULT")[1].splitlines()[0]) for done in (whole, resumed)]
     assert told[0] == told[1]  # to the same bits
-    model, one = train(16)
-    two = told[0]
-    assert two["steps"] == one["steps"]
-    for theirs, ours in zip(two["history"], one["history"], strict=True):
-        values = [[row[key] or 0.0 for key in ours] for row in (theirs, ours)]
-        assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
-    weights = {name: torch.tensor(value) for name, value in two["weights"].items()}
-    torch.testing.assert_close(weights, dict(model.state_dict()), rtol=1e-4, atol=1e-6, check_dtype=False)
+    assert_same(told[0], *train(16))
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])

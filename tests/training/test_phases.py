@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headinit.analysis.metrics import metrics_for
 from headinit.data.loading import TensorBatches
 from headinit.errors import ConfigError, HeadError
 from headinit.features.extract import extract_features
 from headinit.seeding import derived_seed
 from headinit.training.drift import DriftWatch
+from headinit.training.evaluation import predict
 from headinit.training.finetune import _Run, finetune
 from headinit.training.freezing import freeze, freeze_state
 from headinit.training.phases import Phase, finetune_in_phases, gradual_phases, lp_ft_phases
@@ -85,6 +88,56 @@ def test_the_probe_on_features_is_the_probe_through_the_network() -> None:
     )
     finetune_in_phases(on_features, train, validation, RECIPE, phases, features=features, cpu=True)
     torch.testing.assert_close(on_features.state_dict(), through.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+TARGETS: dict[str, Callable[[Tensor], Tensor]] = {
+    "multi_label": lambda x: (x[..., :3] > 0).float(),
+    "regression": lambda x: x[..., :3] * 0.5 + 1.0,
+    "token": lambda x: torch.where(x[..., 3] > 1.5, -100, x[..., :3].argmax(-1)),
+}
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_phases_of_other_tasks_are_two_runs_by_hand(task: str) -> None:
+    def tokens_network() -> nn.Module:
+        torch.manual_seed(4)
+        return record_head(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3)), "3")
+
+    def data(count: int, seed: int | None) -> TensorBatches:
+        shape = (count, 5, 6) if task == "token" else (count, 6)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(count))
+        return TensorBatches(x, TARGETS[task](x), 8, shuffle_seed=seed)
+
+    train, validation = data(48, 7), data(24, None)
+    recipe = replace(RECIPE, monitor=MONITORS[task])
+    model, by_hand = tokens_network(), freeze(tokens_network(), "all")
+    phases = lp_ft_phases(recipe, probe_epochs=2)
+    outcome = finetune_in_phases(model, train, validation, recipe, phases, task=task, cpu=True)
+    finetune(by_hand, train, validation, replace(recipe, epochs=2, lr=0.2), task=task, cpu=True)
+    second = replace(recipe, backbone_lr=0.001, seed=derived_seed(3, "phase/1"))
+    rest = finetune(freeze(by_hand, "none"), later(train, 2), validation, second, task=task, cpu=True)
+    assert_equal_bits(model, by_hand)
+    assert outcome.history[3:] == [{**row, **_counted(row, 2, 12)} for row in rest.history[1:]]
+    assert outcome.history[-1]["train_loss"] < outcome.history[1]["train_loss"]
+
+
+MONITORS = {"multi_label": "map", "regression": "mse", "token": "accuracy"}
+
+
+def _counted(row: dict[str, Any], epochs: int, steps: int) -> dict[str, Any]:
+    return {"epoch": row["epoch"] + epochs, "step": row["step"] + steps, "phase": "everything"}
+
+
+def test_averaged_weights_are_what_each_phase_keeps() -> None:
+    """The scores of the best row are those of the weights that the model has in the end."""
+    train, validation = batches(), batches(24, None)
+    recipe = replace(RECIPE, ema=0.5)
+    averaged, plain = network(), network()
+    outcome = finetune_in_phases(averaged, train, validation, recipe, lp_ft_phases(recipe, probe_epochs=2), cpu=True)
+    finetune_in_phases(plain, train, validation, RECIPE, lp_ft_phases(RECIPE, probe_epochs=2), cpu=True)
+    found = metrics_for("single_label")(*predict(averaged, validation))
+    assert found == {name: outcome.best[name] for name in found}
+    assert not torch.equal(averaged[3].weight, plain[3].weight)
 
 
 def test_without_epochs_for_the_probe_it_is_plain_fine_tuning() -> None:

@@ -64,12 +64,17 @@ def vit() -> nn.Module:
 
 
 def train(
-    make: Callable[[], nn.Module], data: Callable[[int], Any], policy: Any, gigabytes: float | None, **options: Any
+    make: Callable[[], nn.Module],
+    data: Callable[[int], Any],
+    policy: Any,
+    gigabytes: float | None,
+    compile: bool = False,
+    **options: Any,
 ) -> tuple[nn.Module, TrainingOutcome]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = freeze(make(), policy)
-    recipe = Recipe(epochs=3, lr=1e-3)
+    recipe = Recipe(epochs=3, lr=1e-3, compile=compile)
     outcome = finetune(model, data(14), data(6), recipe, cpu=True, prefix_cache_gb=gigabytes, **options)
     return model, outcome
 
@@ -106,6 +111,15 @@ def test_the_run_is_the_same_with_the_prefix_kept(make: Any, data: Any, policy: 
     for name, tensor in tensors(plain).items():
         torch.testing.assert_close(tensors(cached)[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     assert not any("forward" in vars(module) for module in cached.modules())
+
+
+@pytest.mark.slow
+def test_a_compiled_rest_gives_the_same_run() -> None:
+    (plain, expected), (cached, found) = (train(resnet, pictures, 1, gb, compile=gb is not None) for gb in (None, 1.0))
+    losses = [[row["train_loss"] for row in run.history[1:]] for run in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, tensor in tensors(plain).items():
+        torch.testing.assert_close(tensors(cached)[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
