@@ -350,6 +350,7 @@ def run_study(baseline: Any, request: Any) -> int:
         DataError: data are missing; the message lists the folders.
         ConfigError: another override.
     """
+    from headinit.reproduction.study_plots import write_pictures
     from headinit.reproduction.study_text import questions_of, study_text
 
     study, own = baseline.content, dict(text.partition("=")[::2] for text in request.overrides)
@@ -370,6 +371,7 @@ def run_study(baseline: Any, request: Any) -> int:
     questions = questions_of(study, rows)
     docs = request.table.parent
     write_tables(rows, questions, docs / baseline.name)
+    write_pictures(questions, summary_lines(rows), docs / baseline.name)
     seconds = sum(line["seconds"] for line in read_metrics(folder))
     write_text(docs / f"{baseline.name}.md", study_text(baseline.name, study, rows, questions, seconds))
     console.print(f"{docs / f'{baseline.name}.md'}, tables in {docs / baseline.name}")

@@ -88,9 +88,22 @@ def study_text(
     for stage, plan in study["stages"].items():
         own = [row for row in rows if row.part.stage == stage]
         if own:
-            text += [f"## {plan['title']}", "", *_stage(stage, own, lines), ""]
+            text += [f"## {plan['title']}", "", *_picture(name, stage, own), *_stage(stage, own, lines), ""]
     text += ["## The tests", "", *_tests(study, questions)]
     return "\n".join(text).rstrip() + "\n"
+
+
+def _picture(name: str, stage: str, rows: Sequence[StudyRow]) -> list[str]:
+    """The pictures that `study_plots` makes of a stage."""
+    if len({row.row.init for row in rows}) < 2:
+        return []
+    kind = {"frozen": "frozen", "finetuned": "fine-tuned"}.get(stage, stage)
+    return [
+        f"![Differences from the reference]({name}/differences_{kind}.png)",
+        "",
+        f"![Validation accuracy before the first step and at the best epoch]({name}/starts_{stage}.png)",
+        "",
+    ]
 
 
 def _stage(stage: str, rows: Sequence[StudyRow], lines: Sequence[Mapping[str, Any]]) -> list[str]:

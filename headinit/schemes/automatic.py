@@ -57,8 +57,10 @@ class Auto(Scheme):
     it is taken instead; the families err in different ways, so it often does.
 
     With ``policy="finetune"`` every family takes the strongest regularisation whose held-out loss is within one
-    standard error of its least: as good as can be told, and with the most energy E ||e_y - p|| left for the features
-    to learn from (Ren et al. 2023).
+    standard error of its least: as good as can be told. The energy E ||e_y - p|| over the training examples, which is
+    what the network has left to learn from (Ren et al. 2023), may still be next to nothing, for a head of more features
+    than examples fits their labels; the logits are then scaled down until it is `least_energy`. What the head predicts
+    stays the same.
 
     With fewer than two examples per class on average, or if nothing beats the class shares, the data are too little
     to tell: the head is then N(0, 0.01) with b = log pi. Multi-label targets and regression get ridge. The notes say
@@ -67,6 +69,7 @@ class Auto(Scheme):
     Attributes:
         policy: ``"frozen"`` or ``"finetune"``, what will be trained afterwards; None is ``"frozen"``, and a run puts in
             what follows from its freeze policy.
+        least_energy: under ``"finetune"``, in [0, sqrt 2); 0 leaves the scale that fits the held-out scores.
         folds: number of folds of the comparison.
         mix: allow mixtures.
         missing: ``"mean"`` gives a class without examples the mean row, ``"error"`` refuses it.
@@ -82,6 +85,7 @@ class Auto(Scheme):
     needs_data: ClassVar[bool] = True
     fits_prior: ClassVar[bool] = True
     policy: str | None = None
+    least_energy: float = 0.4
     folds: int = 5
     mix: bool = True
     missing: str = "mean"
@@ -89,6 +93,8 @@ class Auto(Scheme):
     def __post_init__(self) -> None:
         if self.policy is not None and self.policy not in POLICIES:
             raise unknown_name("policy", self.policy, POLICIES, SchemeError)
+        if not 0.0 <= self.least_energy < 2**0.5:
+            raise SchemeError(f"Option least_energy={self.least_energy} of init=auto must lie in [0, sqrt 2).")
         if self.folds < 2:
             raise SchemeError(f"Option folds={self.folds} of init=auto must be at least 2.")
 
@@ -123,6 +129,8 @@ class Auto(Scheme):
         weight = torch.stack([factor * w for factor, w, _ in solved]).sum(dim=0)
         bias = torch.stack([factor * b for factor, _, b in solved]).sum(dim=0)
         fit = best.fit if mixture is None else mixture.fit
+        logits = examples.features.double() @ weight.T + bias
+        factor = self._factor(logits, examples.labels)
         notes |= {
             "chosen": best.name if mixture is None else "mixture",
             "reason": _reason(self.policy or "frozen", ranking, fit, mixture is not None),
@@ -131,9 +139,17 @@ class Auto(Scheme):
             "held_out_accuracy": fit.accuracy,
             "held_out_losses": {entry.name: entry.fit.loss for entry in ranking},
             "chance_loss": chance,
-            "training_energy": energy(examples.features.double() @ weight.T + bias, examples.labels),
+            "training_energy": energy(factor * logits, examples.labels),
         }
-        return finish(weight, bias, moments, shape, notes)
+        if factor < 1:
+            notes["scaled_for_energy"] = factor
+        return finish(factor * weight, factor * bias, moments, shape, notes)
+
+    def _factor(self, logits: Tensor, labels: Tensor) -> float:
+        """What leaves the least energy for the network to learn from; 1 where there is as much."""
+        if self.policy != "finetune" or energy(logits, labels) >= self.least_energy:
+            return 1.0
+        return energy_scale(logits, labels, self.least_energy)
 
 
 @dataclass(frozen=True)
@@ -363,6 +379,25 @@ def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     if failed:
         return torch.linalg.pinv(matrix, rtol=1e-10, hermitian=True) @ right
     return torch.cholesky_solve(right, factor)
+
+
+def energy_scale(logits: Tensor, labels: Tensor, target: float) -> float:
+    """The factor below 1 at which the energy of logits, which have less, is the target; the nearest if there is none.
+
+    Where the labels are fitted the energy falls with the factor, from sqrt(1 - 1/K) at 0.
+
+    Example:
+        >>> logits, labels = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 1])
+        >>> round(energy(energy_scale(logits, labels, 0.4) * logits, labels), 4)
+        0.4
+    """
+    from scipy.optimize import brentq
+
+    def missing(log_factor: float) -> float:
+        return energy(math.exp(log_factor) * logits, labels) - target
+
+    lowest = -20.0
+    return math.exp(brentq(missing, lowest, 0.0)) if missing(lowest) > 0 else math.exp(lowest)
 
 
 def share_loss(counts: Tensor) -> float:

@@ -82,8 +82,34 @@ def test_policies_differ_in_the_energy_left() -> None:
     train = FeatureSet(x[:200], y[:200], 10)
     frozen, finetune = (Auto(policy=p)(shape_of(train), generator(), train) for p in ("frozen", "finetune"))
     assert finetune.notes["training_energy"] > 1.05 * frozen.notes["training_energy"]
-    losses = [log_losses(logits(head, x[200:]), y[200:]).mean().item() for head in (frozen, finetune)]
+    calm = Auto(policy="finetune", least_energy=0.0)(shape_of(train), generator(), train)
+    losses = [log_losses(logits(head, x[200:]), y[200:]).mean().item() for head in (frozen, calm)]
     assert losses[1] < 1.2 * losses[0]
+
+
+def test_energy_is_left_where_the_labels_are_fitted() -> None:
+    """The same predictions at a smaller scale; nothing changes for the frozen policy, or where there is enough."""
+    g = generator(4)
+    labels = torch.arange(40) % 4
+    data = FeatureSet(torch.randn(4, 200, generator=g)[labels] + torch.randn(40, 200, generator=g), labels, 4)
+    scheme = Auto(policy="finetune")
+    left, plain = (
+        scheme(shape_of(data), generator(), data),
+        replace(scheme, least_energy=0.0)(shape_of(data), generator(), data),
+    )
+    assert plain.notes["training_energy"] < 0.3
+    assert left.notes["training_energy"] == pytest.approx(0.4, rel=1e-6)
+    errors = logits(left, data.features).softmax(1) - torch.nn.functional.one_hot(labels, 4)
+    assert errors.norm(dim=1).mean().item() == pytest.approx(0.4, rel=1e-5)
+    factor = left.notes["scaled_for_energy"]
+    torch.testing.assert_close(left.weight, (factor * plain.weight.double()).float(), rtol=1e-5, atol=1e-8)
+    assert "scaled_for_energy" not in plain.notes
+    hard = clusters(300, 3)
+    enough = replace(scheme, least_energy=0.01)(shape_of(hard), generator(), hard)
+    assert "scaled_for_energy" not in enough.notes
+    assert "scaled_for_energy" not in Auto()(shape_of(data), generator(), data).notes
+    with pytest.raises(SchemeError, match="least_energy=2"):
+        Auto(least_energy=2.0)
 
 
 def test_a_mixture_is_the_weighted_sum_and_can_be_turned_off() -> None:
