@@ -105,6 +105,13 @@ class Grid:
         decays = tuple(float(decay) for decay in _listed("weight_decays", weight_decays))
         for rate, decay in itertools.product(rates, decays):
             Recipe(lr=rate, weight_decay=decay)  # checks the ranges
+        policies = tuple(freeze_mapping(freeze) for freeze in _listed_freezes(freezes))
+        anew = {init.get("reinit_top") for init in listed_inits}
+        if len(anew) > 1 and any(policy.get("policy") == "all" for policy in policies):
+            raise ConfigError(
+                "Heads on a frozen backbone share its features, and reinit_top changes the backbone: give it to all "
+                "inits alike (init.reinit_top=1), or compare in two commands."
+            )
         return cls(
             inits=tuple(listed_inits),
             lrs=rates,
@@ -113,7 +120,7 @@ class Grid:
             split_seeds=tuple(_whole("split_seeds", seed) for seed in _listed("split_seeds", split_seeds)),
             weight_decays=decays,
             per_class=tuple(_listed("per_class", per_class)),
-            freezes=tuple(freeze_mapping(freeze) for freeze in _listed_freezes(freezes)),
+            freezes=policies,
         )
 
     @property

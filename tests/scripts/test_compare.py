@@ -84,6 +84,7 @@ def test_augmented_views_from_the_command_line(tmp_path: Path, picture_folder: P
         (["runs=nowhere"], "nowhere"),
         (["model=minilm"], "data=pydocs"),
         (["views=2"], "data.augmentation=basic"),
+        (["init=[he,{name:he,reinit_top:1}]"], "give it to all"),
         (["data.per_class=[100000]"], "per_class"),
     ],
 )
