@@ -16,8 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,7 +106,9 @@ def _write_files(root: nn.Module, record: HeadRecord, preprocessing: Any, stagin
     library = library_of(root.backbone if isinstance(root, HeadedBackbone) else root)  # type: ignore[arg-type]
     aliases: dict[str, str] = {}
     if native and library == "transformers":
-        with _quiet():
+        from headinit.backbones.load import quiet_transformers
+
+        with quiet_transformers():
             root.save_pretrained(staging)  # type: ignore[operator]
     else:
         aliases = _write_weights(root, staging / (_NATIVE_WEIGHTS if native else _OWN_WEIGHTS))
@@ -124,22 +125,6 @@ def _write_files(root: nn.Module, record: HeadRecord, preprocessing: Any, stagin
         "preprocessing": _write_preprocessing(preprocessing, staging),
         "freeze": _plain(getattr(root, "headinit_freeze", None)),
     }
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and load reports: what they say is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def _write_weights(root: nn.Module, path: Path) -> dict[str, str]:
@@ -416,6 +401,8 @@ def _transformers_class(architecture: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _native_transformers(manifest: Mapping[str, Any], place: Path) -> nn.Module:
+    from headinit.backbones.load import quiet_transformers
+
     architecture = manifest.get("architecture")
     if not isinstance(architecture, dict):
         raise CheckpointError(f"{place / MANIFEST} does not say of which class the model is.")
@@ -426,7 +413,7 @@ def _native_transformers(manifest: Mapping[str, Any], place: Path) -> nn.Module:
         state |= _read_weights(place, name, manifest)
     config.dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = cls.from_pretrained(
                 None, config=config, state_dict=state, dtype=config.dtype, output_loading_info=True
             )

@@ -440,7 +440,7 @@ def _load_transformers(entry: CatalogEntry, request: _Request) -> Backbone:
         )
     config = config_of(settings, entry.name)
     model_class, modality = _model_class(config, entry.name, request.task)
-    with request.seeded(), _quiet_transformers():
+    with request.seeded(), quiet_transformers():
         if found is None:
             model, report = model_class._from_config(config), _report(None)
         else:
@@ -646,8 +646,8 @@ def _may_be_left_over(model: Any, key: str) -> bool:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no load report: `WeightsReport` says the same, and is checked."""
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no load report of transformers: what they say is checked here."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

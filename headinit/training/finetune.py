@@ -48,7 +48,6 @@ from headinit.training.param_groups import param_groups
 from headinit.training.precision import chosen_precision
 from headinit.training.prefix import CachedInputs, cached_prefix, supplied
 from headinit.training.recipe import Recipe
-from headinit.training.schedules import learning_rate_factor
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -460,18 +459,7 @@ class _Run:
         return self.drift.watching(self.bare, math.ceil(batches / self.processes))
 
     def _factor(self, step: int) -> float:
-        recipe = self.recipe
-        return learning_rate_factor(
-            recipe.schedule,
-            step,
-            self.total_steps,
-            # Not the only step of a short phase: it would be one at a rate of 0.
-            warmup_steps=min(math.ceil(recipe.warmup * self.total_steps), self.total_steps - 1),
-            steps_per_epoch=self.steps_per_epoch,
-            step_epochs=recipe.step_epochs,
-            step_gamma=recipe.step_gamma,
-            milestones=recipe.milestones,
-        )
+        return self.recipe.rate_factor(step, self.total_steps, self.steps_per_epoch)
 
     def _loss(self, inputs: Any, labels: Tensor, index: int) -> Tensor:
         """Loss summed over the targets of one batch; a distilled model has two outputs and pays for both alike."""

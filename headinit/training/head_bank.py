@@ -24,7 +24,6 @@ from headinit.data.loading import TensorBatches
 from headinit.errors import ConfigError, DataError, TrainingError, unknown_name
 from headinit.features.extract import FeatureSet
 from headinit.training.recipe import Recipe
-from headinit.training.schedules import learning_rate_factor
 
 TASKS = ("single_label", "multi_label", "regression")
 
@@ -297,17 +296,7 @@ class _Bank:
             yield torch.cat(batches[start : start + self.recipe.accumulation])
 
     def _factor(self, step: int) -> float:
-        recipe = self.recipe
-        return learning_rate_factor(
-            recipe.schedule,
-            step,
-            self.total_steps,
-            warmup_steps=min(math.ceil(recipe.warmup * self.total_steps), self.total_steps - 1),
-            steps_per_epoch=self.steps_per_epoch,
-            step_epochs=recipe.step_epochs,
-            step_gamma=recipe.step_gamma,
-            milestones=recipe.milestones,
-        )
+        return self.recipe.rate_factor(step, self.total_steps, self.steps_per_epoch)
 
     def _evaluate(self, stack: _Stack, epoch: int) -> None:
         """Score all heads of an order, keep the weights of those at their best, let go of those that are done."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from headinit.analysis.metrics import HIGHER_IS_BETTER
 from headinit.errors import ConfigError, unknown_name
-from headinit.training.schedules import SCHEDULES
+from headinit.training.schedules import SCHEDULES, learning_rate_factor
 
 OPTIMIZERS = ("adamw", "sgd")
 SELECTIONS = ("best", "last")
@@ -93,6 +93,29 @@ class Recipe:
         mistakes = [*self._unknown_names(), *self._out_of_range()]
         if mistakes:
             raise ConfigError("\n".join(mistakes))
+
+    def rate_factor(self, step: int, total_steps: int, steps_per_epoch: int) -> float:
+        """What the learning rates are multiplied with at an optimizer step.
+
+        Args:
+            step: from 0.
+            total_steps, steps_per_epoch: of the run.
+
+        Example:
+            >>> [Recipe(warmup=0.5, schedule="constant").rate_factor(step, 4, 4) for step in range(4)]
+            [0.0, 0.5, 1.0, 1.0]
+        """
+        return learning_rate_factor(
+            self.schedule,
+            step,
+            total_steps,
+            # Not the only step of a short phase: it would be one at a rate of 0.
+            warmup_steps=min(math.ceil(self.warmup * total_steps), total_steps - 1),
+            steps_per_epoch=steps_per_epoch,
+            step_epochs=self.step_epochs,
+            step_gamma=self.step_gamma,
+            milestones=self.milestones,
+        )
 
     def _unknown_names(self) -> Iterator[str]:
         for setting, known in (
