@@ -19,7 +19,7 @@ from headinit.training.freezing import frozen_digest
 from tests.heads.models import tokens
 
 from . import two_processes
-from .examples import convolutional, language
+from .examples import convolutional, example, language
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor] | Tensor]]] = {
     "timm": (convolutional, lambda: torch.rand(4, 3, 32, 32)),
@@ -114,3 +114,23 @@ def test_two_processes(tmp_path: Path) -> None:
         assert torch.equal(second["end"][name], value)
         assert torch.equal(value, first["start"][name]) == (name in frozen)
     assert first["digest"] == second["digest"]
+
+
+def test_a_model_in_pieces_is_trained_as_a_whole_one(tmp_path: Path) -> None:
+    """The FSDP example of docs/integrations.md on two processes, and the same loop on one with both shares."""
+    code = example("FSDP")
+    torch.multiprocessing.spawn(two_processes.shard, (code, str(tmp_path)), nprocs=2)
+    found = headinit.load(tmp_path / "my-model")
+    model = headinit.freeze(headinit.attach_head(two_processes.load_bert(), 3, init="he", seed=0), 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(headinit.param_groups(model, lr=1e-2, backbone_lr=1e-4))
+    for _ in range(2):
+        model.train()
+        for inputs, labels in two_processes.sentences(0, 1):
+            cross_entropy(model(**inputs).logits, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(found.state_dict(), dict(model.state_dict()), rtol=1e-4, atol=1e-6)
+    moved = {name for name, value in found.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("classifier") for name in moved)
+    assert not any(name.startswith("bert.embeddings") for name in moved)

@@ -1,7 +1,8 @@
-"""What each of two processes does: attach, freeze, wrap, train, leave its weights."""
+"""What each of two processes does: attach, freeze, wrap or cut, train, leave its weights."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -34,4 +35,29 @@ def work(rank: int, folder: str) -> None:
     assert frozen_digest(wrapped) == digest
     told |= {"end": dict(model.state_dict()), "digest": digest}
     torch.save(told, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def load_bert() -> nn.Module:
+    from tests.heads.models import tiny
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny("BertForSequenceClassification", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+def sentences(rank: int, processes: int) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """The share of a process in three batches."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 20, (3, 8, 6), generator=generator)
+    labels = torch.randint(0, 3, (3, 8), generator=generator)
+    return [({"input_ids": i[rank::processes]}, y[rank::processes]) for i, y in zip(ids, labels, strict=True)]
+
+
+def shard(rank: int, code: str, folder: str) -> None:
+    """The example of the documentation, on the processor."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    os.chdir(folder)
+    exec(compile(code, "FSDP", "exec"), {"load_bert": load_bert, "train_loader": sentences(rank, 2)})
     torch.distributed.destroy_process_group()
