@@ -85,7 +85,7 @@ class Auto(Scheme):
     needs_data: ClassVar[bool] = True
     fits_prior: ClassVar[bool] = True
     policy: str | None = None
-    least_energy: float = 0.4
+    least_energy: float = 0.2
     folds: int = 5
     mix: bool = True
     missing: str = "mean"

@@ -92,7 +92,7 @@ def test_energy_is_left_where_the_labels_are_fitted() -> None:
     g = generator(4)
     labels = torch.arange(40) % 4
     data = FeatureSet(torch.randn(4, 200, generator=g)[labels] + torch.randn(40, 200, generator=g), labels, 4)
-    scheme = Auto(policy="finetune")
+    scheme = Auto(policy="finetune", least_energy=0.4)
     left, plain = (
         scheme(shape_of(data), generator(), data),
         replace(scheme, least_energy=0.0)(shape_of(data), generator(), data),
