@@ -189,7 +189,7 @@ def _first_batch(model: nn.Module, site: HeadSite, inputs: Inputs) -> tuple[Tens
     raise HeadError(
         f"The head {site.path!r} of {type(model).__name__} works on many positions, and what follows it is not linear "
         "(a ReLU before the pooling, as in SqueezeNet), so there is no one feature vector an example. Fine-tune it "
-        "with an init that needs no data, or give attach_head a pooled head."
+        "with an init that needs no data (such as init=he), or give attach_head a pooled head."
     )
 
 
