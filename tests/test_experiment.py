@@ -230,7 +230,7 @@ def test_a_model_for_text_on_pictures_says_what_to_change(settings: Callable[...
     [
         ("data.per_class=100000", "per_class"),
         ("head.dropout=2", "dropout"),
-        ("init.features=rew", "raw"),
+        ("init.missing=men", "mean"),
         ("trainer.monitor=acuracy", "accuracy"),
         ("trainer.monitor=pearson", r"trainer.monitor for single_label data 'pearson'.*Known: accuracy"),
         ("trainer.evaluate_every=0", "evaluate_every=0"),

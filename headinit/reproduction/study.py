@@ -170,29 +170,29 @@ _MEASURES = ("accuracy", "nll", "ece")
 def summary_lines(rows: Iterable[StudyRow]) -> list[dict[str, Any]]:
     """A line per part, scheme and learning rate: means and standard deviations over the runs.
 
-    ``steps_to_99`` is the median step at which validation accuracy first reaches 99 % of the best that any run of that
-    part reached (empty if more than half never do); ``chosen`` marks the rate that validation chose.
+    ``steps_to_99`` is the median step at which validation accuracy first reaches 99 % of the best that any run on the
+    same split of that part reached (empty if more than half never do); ``chosen`` marks the rate that validation chose.
     """
     groups: dict[tuple[Part, str, float], list[StudyRow]] = {}
     for row in rows:
         groups.setdefault((row.part, row.row.init, row.row.lr), []).append(row)
-    best: dict[Part, float] = {}
-    for (part, _, _), own in groups.items():
-        reached = [value for entry in own for _, value in entry.row.history]
-        best[part] = max([best.get(part, 0.0), *reached])
+    best: dict[tuple[Part, int], float] = {}
+    for entry in (entry for own in groups.values() for entry in own):
+        split = entry.part, entry.row.split_seed
+        best[split] = max([best.get(split, 0.0), *(value for _, value in entry.row.history)])
     chosen: dict[tuple[Part, str], tuple[float, float]] = {}
     for (part, init, lr), own in groups.items():
         score = _mean([entry.row.val.get("accuracy") for entry in own])
         if score is not None and score > chosen.get((part, init), (-1.0, lr))[0]:
             chosen[part, init] = (score, lr)
     return [
-        _summary_line(part, init, lr, own, best[part], chosen.get((part, init), (0.0, None))[1] == lr)
+        _summary_line(part, init, lr, own, best, chosen.get((part, init), (0.0, None))[1] == lr)
         for (part, init, lr), own in groups.items()
     ]
 
 
 def _summary_line(
-    part: Part, init: str, lr: float, own: Sequence[StudyRow], best: float, chosen: bool
+    part: Part, init: str, lr: float, own: Sequence[StudyRow], best: Mapping[tuple[Part, int], float], chosen: bool
 ) -> dict[str, Any]:
     line: dict[str, Any] = {"stage": part.stage, "data": part.data, "share": part.share, "init": init, "lr": lr}
     line |= {"runs": len(own), "failed": sum(entry.row.status != "finished" for entry in own), "chosen": int(chosen)}
@@ -201,7 +201,7 @@ def _summary_line(
     for name in _MEASURES:
         line[f"test_{name}"] = _mean([entry.row.test.get(name) for entry in own])
     line["test_accuracy_std"] = _std([entry.row.test.get("accuracy") for entry in own])
-    steps = sorted(_steps(entry.row, 0.99 * best) for entry in own)
+    steps = sorted(_steps(entry.row, 0.99 * best[part, entry.row.split_seed]) for entry in own)
     middle = steps[(len(steps) - 1) // 2]
     line["steps_to_99"] = None if middle == float("inf") else int(middle)
     line["drift"] = _mean([entry.drift for entry in own])

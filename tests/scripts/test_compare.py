@@ -77,7 +77,7 @@ def test_augmented_views_from_the_command_line(tmp_path: Path, picture_folder: P
     [
         (["init=[he,zeroes]"], "Did you mean 'zeros'"),
         (["init=hee"], "Did you mean 'he'"),
-        (["init.strength=0.5"], "option of one scheme"),
+        (["init.folds=3"], "option of one scheme"),
         (["optim.lr=[0.1,-1]"], "lr=-1"),
         (["seeds=0"], "seeds is empty"),
         (["freeze=[all,nothing]"], "nothing"),
