@@ -170,9 +170,8 @@ def _starts(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         return f"{100 * line['start_val_accuracy']:.0f} / {'never' if steps is None else steps}"
 
     return [
-        "Validation accuracy (%) before the first step / steps until validation is at 99 % of the best that any head "
-        "on",
-        f"the same split reached (median; `never`: more than half of the runs did not), {shares[-1]} of the labels.",
+        "Validation accuracy (%) before the first step / steps until validation is at 99 % of the best that any head",
+        f"on the same split reached (median; `never`: more than half of the runs did not), {shares[-1]} of the labels.",
         "",
         *_table(
             ["scheme", *sets],

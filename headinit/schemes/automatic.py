@@ -30,6 +30,7 @@ from headinit.schemes.calibration import (
 )
 from headinit.schemes.least_squares import Candidate, LDAProblem, Ridge, RidgeProblem
 from headinit.schemes.linear_probe import ProbeProblem, energy, strongest_near_best
+from headinit.schemes.scaling import reach
 from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme
 from headinit.schemes.variance_scaling import FixedStd
 
@@ -126,8 +127,8 @@ class Auto(Scheme):
         mixture = contest.mixture(ranking) if self.mix else None
         parts = [(best, 1.0)] if mixture is None else mixture.parts
         solved = [(entry.scale * share, *entry.solve()) for entry, share in parts]
-        weight = torch.stack([factor * w for factor, w, _ in solved]).sum(dim=0)
-        bias = torch.stack([factor * b for factor, _, b in solved]).sum(dim=0)
+        weight = torch.stack([scale * w for scale, w, _ in solved]).sum(dim=0)
+        bias = torch.stack([scale * b for scale, _, b in solved]).sum(dim=0)
         fit = best.fit if mixture is None else mixture.fit
         logits = examples.features.double() @ weight.T + bias
         factor = self._factor(logits, examples.labels)
@@ -149,7 +150,9 @@ class Auto(Scheme):
         """What leaves the least energy for the network to learn from; 1 where there is as much."""
         if self.policy != "finetune" or energy(logits, labels) >= self.least_energy:
             return 1.0
-        return energy_scale(logits, labels, self.least_energy)
+        # From sqrt(1 - 1/K) at a factor of 0 the energy falls to less than is asked for at 1: it is met between.
+        factor, _ = reach(lambda scale: energy(scale * logits, labels), self.least_energy, unit=1.0)
+        return min(factor, 1.0)
 
 
 @dataclass(frozen=True)
@@ -379,25 +382,6 @@ def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     if failed:
         return torch.linalg.pinv(matrix, rtol=1e-10, hermitian=True) @ right
     return torch.cholesky_solve(right, factor)
-
-
-def energy_scale(logits: Tensor, labels: Tensor, target: float) -> float:
-    """The factor below 1 at which the energy of logits, which have less, is the target; the nearest if there is none.
-
-    Where the labels are fitted the energy falls with the factor, from sqrt(1 - 1/K) at 0.
-
-    Example:
-        >>> logits, labels = torch.tensor([[9.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 1])
-        >>> round(energy(energy_scale(logits, labels, 0.4) * logits, labels), 4)
-        0.4
-    """
-    from scipy.optimize import brentq
-
-    def missing(log_factor: float) -> float:
-        return energy(math.exp(log_factor) * logits, labels) - target
-
-    lowest = -20.0
-    return math.exp(brentq(missing, lowest, 0.0)) if missing(lowest) > 0 else math.exp(lowest)
 
 
 def share_loss(counts: Tensor) -> float:

@@ -16,11 +16,10 @@ from benchmarks.setting import (
     ROOT,
     Bench,
     Decoded,
-    all_examples,
+    another_plain_pass,
     backbone_of,
     batches_of,
     pictures_of,
-    plain_pass,
     plain_seconds,
     timed,
 )
@@ -38,7 +37,7 @@ def measure_comparison(bench: Bench) -> None:
     size, name = bench.size, bench.size.backbones[0]
     before = plain_seconds(bench)
     first, second = (comparison_seconds(bench, folder) for folder in ("first", "second"))
-    after = plain_pass(backbone_of(bench, name).model, batches_of(bench, name, all_examples(pictures_of(bench))))
+    after = another_plain_pass(bench)
     plain = (before + after) / 2  # the machine is not equally fast at all times
     note = f"{size.pictures} pictures, eager float32, NCHW; {before:.1f} s before and {after:.1f} s after the runs"
     bench.add(f"one plain pass of {name}", plain, "s", note)

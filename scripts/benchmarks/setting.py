@@ -249,6 +249,11 @@ def plain_pass(model: nn.Module, batches: Batches) -> float:
 
 def plain_seconds(bench: Bench) -> float:
     """Seconds of the plain pass that the claims refer to."""
+    return bench.once("plain", lambda: another_plain_pass(bench))
+
+
+def another_plain_pass(bench: Bench) -> float:
+    """Seconds of a plain pass of the first backbone over all pictures, measured now."""
     name = bench.size.backbones[0]
     split = all_examples(pictures_of(bench))
-    return bench.once("plain", lambda: plain_pass(backbone_of(bench, name).model, batches_of(bench, name, split)))
+    return plain_pass(backbone_of(bench, name).model, batches_of(bench, name, split))
