@@ -62,6 +62,9 @@ from headinit.training.threads import one_thread_if_small
 PLACEHOLDER = "lecun"
 """What stands in the head until a scheme that is computed from data has its data; it suits every head."""
 
+WITHOUT_CLOSED_FORM = (*TOKEN_KINDS, "multi_proxy")
+"""Heads in which no linear layer receives one feature vector an example and gives one logit a class."""
+
 RATE_FILE = "lr_finder.json"
 """What the search for a learning rate saw and suggests, in the run's folder."""
 
@@ -340,11 +343,14 @@ def init_of(settings: Settings) -> tuple[str, dict[str, Any]]:
     """Name and options of the scheme; options left at null are the scheme's own business.
 
     `auto` is told what will be trained after it: the head alone, or a network that wants some energy left in its start.
+    For a head that no linear model of its features can be put into, it is `he`; the modifiers stay.
     """
-    options = {key: value for key, value in settings.init.items() if key != "name"}
-    if settings.init["name"] == "auto" and options.get("policy") is None:
+    name, options = settings.init["name"], {key: value for key, value in settings.init.items() if key != "name"}
+    if name == "auto" and settings.head["name"] in WITHOUT_CLOSED_FORM:
+        return "he", {key: value for key, value in options.items() if key in schemes.modifiers()}
+    if name == "auto" and options.get("policy") is None:
         options["policy"] = "frozen" if settings.freeze.policy == "all" else "finetune"
-    return settings.init["name"], options
+    return name, options
 
 
 def apply_freeze(model: nn.Module, settings: Settings) -> None:
@@ -749,6 +755,10 @@ def _record(
 
 def _announce(console: Console, settings: Settings, splits: DataSplits, backbone: Backbone) -> None:
     """What is about to run, and where the weights come from."""
+    if settings.init["name"] == "auto" and init_of(settings)[0] != "auto":
+        console.print(
+            f"init=auto: head={settings.head['name']} has no closed form, so it starts by {init_of(settings)[0]}."
+        )
     weights = backbone.weights
     origin = f"{weights.source} weights" + (f" ({weights.path})" if weights.path else "")
     test = "no test split" if splits.test is None else f"{len(splits.test)} test"

@@ -378,8 +378,6 @@ def main() -> int:
         "--report", type=Path, help="where the report goes (default: docs/models.md, once every model has an outcome)"
     )
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     done = {key: outcome for path in arguments.records for key, outcome in _read_records(path).items()}
     outcomes = list(done.values())
     for candidate in _candidates(arguments):
@@ -433,4 +431,6 @@ def _read_records(path: Path) -> dict[tuple[str, str, str], Outcome]:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(main())

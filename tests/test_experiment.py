@@ -18,8 +18,19 @@ from headinit import experiment
 from headinit.analysis.results import read_result
 from headinit.config import Settings, settings_from
 from headinit.errors import ConfigError, HeadInitError, SchemeError
-from headinit.experiment import attach_new_head, head_start, load_model, load_splits, make_loaders, recipe_of, run
+from headinit.experiment import (
+    WITHOUT_CLOSED_FORM,
+    attach_new_head,
+    head_start,
+    init_of,
+    load_model,
+    load_splits,
+    make_loaders,
+    recipe_of,
+    run,
+)
 from headinit.features.cache import FeatureCache
+from headinit.heads.modules import KINDS
 from headinit.heads.record import record_of
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -244,6 +255,21 @@ def test_bad_input_writes_nothing(
     with pytest.raises(HeadInitError, match=message):
         run(settings(override), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("head", sorted(KINDS))
+def test_the_default_start_serves_every_kind_of_head(
+    settings: Callable[..., Settings], tmp_path: Path, head: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = settings(f"head={head}", "init=auto", "trainer.epochs=0")
+    if head in WITHOUT_CLOSED_FORM:
+        name, options = init_of(settings(f"head={head}", "init=auto", "init.logit_std=0.5"))
+        assert name == "he"
+        assert options["logit_std"] == 0.5
+        assert "policy" not in options
+    record = run(chosen, tmp_path / "run")
+    assert math.isfinite(record.init["loss"])
+    assert ("has no closed form" in capsys.readouterr().out.replace("\n", " ")) == (head in WITHOUT_CLOSED_FORM)
 
 
 def test_head_start_agrees_with_the_closed_form(settings: Callable[..., Settings]) -> None:

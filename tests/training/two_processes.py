@@ -15,6 +15,7 @@ from torch import nn
 
 from headinit.analysis.metrics import metrics_for
 from headinit.data.loading import TensorBatches
+from headinit.processes import leave_processes
 from headinit.training.finetune import finetune
 from headinit.training.freezing import freeze, frozen_digest
 from headinit.training.phases import finetune_in_phases, gradual_phases, lp_ft_phases
@@ -59,3 +60,4 @@ if __name__ == "__main__":
     weights = {name: value.tolist() for name, value in network.state_dict().items()}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         print("RESULT" + json.dumps({"weights": weights, **told}), flush=True)
+    leave_processes()
