@@ -40,12 +40,14 @@ from headinit.data.images import to_rgb
 from headinit.data.loading import Batches, CycledBatches, TensorBatches, TokenBatches
 from headinit.data.splits import DataSplits, Split
 from headinit.errors import CheckpointError, ConfigError, unknown_name
+from headinit.features.acceleration import copies_kept
 from headinit.features.cache import FeatureCache
 from headinit.features.extract import FeatureSet, extract_features
 from headinit.heads.locate import evaluating
 from headinit.heads.modules import TOKEN_KINDS
 from headinit.heads.record import call_model, has_record, record_of
 from headinit.processes import by_first, is_first, join_processes, process_count, process_index
+from headinit.threads import one_thread_if_small
 from headinit.tracking import check_tracker, record_evaluation, record_result, record_start, tracking
 from headinit.training.drift import DriftWatch
 from headinit.training.evaluation import predict
@@ -57,7 +59,6 @@ from headinit.training.lr_finder import find_learning_rate
 from headinit.training.phases import SCHEDULED_POLICIES, Phase, finetune_in_phases, gradual_phases, lp_ft_phases
 from headinit.training.recipe import Recipe
 from headinit.training.targets import Standardisation, predicting_layers
-from headinit.training.threads import one_thread_if_small
 
 PLACEHOLDER = "lecun"
 """What stands in the head until a scheme that is computed from data has its data; it suits every head."""
@@ -484,7 +485,10 @@ def _run_on_features(
     def batches(name: str, seed: int | None = None) -> TensorBatches:
         return _feature_batches(features[name], lengths.get(name), settings.trainer.batch_size, seed)
 
-    with clock("training"), one_thread_if_small(head, settings.trainer.batch_size):
+    with (
+        clock("training"),
+        one_thread_if_small(settings.trainer.batch_size * sum(p.numel() for p in head.parameters())),
+    ):
         outcome = _train(head, batches("train", settings.order_seed), batches("val"), task, settings, folder)
     with clock("evaluation"):
         evaluations = {name: task.metrics(*predict(head, batches(name))) for name in features if name != "train"}
@@ -529,10 +533,11 @@ def _run_on_examples(
 def _features_of(model: nn.Module, sources: Mapping[str, Batches], settings: Settings) -> dict[str, FeatureSet]:
     """What the head receives from each of these splits."""
     cache, progress = feature_cache(settings), settings.trainer.progress
-    return {
-        name: extract_features(model, batches, cache=cache, progress=progress, shared=True)
-        for name, batches in sources.items()
-    }
+    with copies_kept():
+        return {
+            name: extract_features(model, batches, cache=cache, progress=progress, shared=True)
+            for name, batches in sources.items()
+        }
 
 
 def _feature_batches(chosen: FeatureSet, lengths: Tensor | None, size: int, seed: int | None) -> TensorBatches:

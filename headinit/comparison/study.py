@@ -41,6 +41,7 @@ from headinit.experiment import (
     recipe_of,
     trains_on_features,
 )
+from headinit.features.acceleration import copies_kept
 from headinit.features.cache import FeatureCache, describe_setting, tensors_digest, weights_digest
 from headinit.features.extract import FeatureSet, extract_features
 from headinit.heads.locate import find_head
@@ -404,9 +405,10 @@ def _bench_in_memory(
             return given
         return extract_features(model, given, cache=cache, progress=progress)
 
-    train = features_of(data)
-    held_out = None if validation is None or isinstance(validation, (int, float)) else features_of(validation)
-    last = None if test is None else features_of(test)
+    with copies_kept():
+        train = features_of(data)
+        held_out = None if validation is None or isinstance(validation, (int, float)) else features_of(validation)
+        last = None if test is None else features_of(test)
     classes = max(part.num_classes for part in (train, held_out, last) if part is not None)
     parts = {"train": train, "validation": held_out, "test": last}
     named = {key: _rows_as_split(part, key) for key, part in parts.items() if part is not None}

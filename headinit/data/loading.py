@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import logging
 import math
 from collections import deque
@@ -97,20 +99,27 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
-    def epoch(self, epoch: int, start: int = 0, step: int = 1) -> Iterator[Batch]:
-        """The batches of one epoch: batch `start` and every `step`-th after it (the others are not read)."""
-        chosen = self.order(epoch)[start::step]
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on.
+
+        Args:
+            epoch, start: numbers from 0 on.
+            share: ``(rank, processes)``: only the pictures of every `processes`-th batch from batch `rank` on are read;
+                the other batches hold zeros of their shape, which take no memory, beside their labels.
+        """
+        order, (rank, processes) = self.order(epoch), share
         if isinstance(self.preprocessing, TextPreprocessing):
-            for index in chosen:
+            for index in order[start:]:
                 yield Batch(self.preprocessing.pad(self._encoded, index), self._labels(index), index)
             return
-        if not self._reads:
-            for index in chosen:
-                nothing = torch.zeros(()).expand(len(index), 3, *self.preprocessing.size)
-                yield Batch(nothing, self.split.labels[index], index)
-            return
-        for index, pixels in self._decoded(chosen, epoch):
-            yield Batch(self.preprocessing.normalise(pixels), self.split.labels[index], index)
+        chosen = [(index, self._reads and number % processes == rank) for number, index in enumerate(order)][start:]
+        pixels = self._decoded([index for index, read in chosen if read], epoch)
+        for index, read in chosen:
+            if read:
+                inputs = self.preprocessing.normalise(next(pixels))
+            else:
+                inputs = torch.zeros(()).expand(len(index), 3, *self.preprocessing.size)
+            yield Batch(inputs, self.split.labels[index], index)
 
     @contextmanager
     def unread(self) -> Iterator[None]:
@@ -146,23 +155,22 @@ class Batches:
             _report_cut(encoded.words, self.split.items, self.preprocessing.max_length)
         return encoded
 
-    def _decoded(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(self, chosen: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        """The pictures of these batches, `(B, 3, H, W)` uint8 each."""
         if self.workers == 0:
             for index in chosen:
-                yield index, torch.stack([self._pixels(i, epoch) for i in index.tolist()])
+                yield torch.stack([self._pixels(i, epoch) for i in index.tolist()])
             return
         ahead = 1 + math.ceil(2 * self.workers / self.batch_size)
-        waiting: deque[tuple[Tensor, list[Future[Tensor]]]] = deque()
+        waiting: deque[list[Future[Tensor]]] = deque()
         pool = ThreadPoolExecutor(max_workers=self.workers)
         try:
             for index in chosen:
-                waiting.append((index, [pool.submit(self._pixels, i, epoch) for i in index.tolist()]))
+                waiting.append([pool.submit(self._pixels, i, epoch) for i in index.tolist()])
                 if len(waiting) > ahead:
-                    first, futures = waiting.popleft()
-                    yield first, torch.stack([future.result() for future in futures])
+                    yield torch.stack([future.result() for future in waiting.popleft()])
             while waiting:
-                first, futures = waiting.popleft()
-                yield first, torch.stack([future.result() for future in futures])
+                yield torch.stack([future.result() for future in waiting.popleft()])
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -207,6 +215,20 @@ class Batches:
         return [None] * len(self.split)
 
 
+def batches_from(data: Any, epoch: int, start: int, share: tuple[int, int]) -> Iterator[Any]:
+    """The batches of an epoch from number `start` on, by whatever part of `Batches.epoch` the data know.
+
+    Example:
+        >>> batches = TensorBatches(torch.eye(3), torch.arange(3), batch_size=1)
+        >>> [batch.labels.item() for batch in batches_from(batches, 0, 1, share=(0, 1))]
+        [1, 2]
+    """
+    known = inspect.signature(data.epoch).parameters
+    if "start" not in known:
+        return itertools.islice(data.epoch(epoch), start, None)
+    return data.epoch(epoch, start=start, **({"share": share} if "share" in known else {}))
+
+
 class CycledBatches:
     """Batches whose epoch is a number of batches, not a pass: the passes go on where the last epoch left off.
 
@@ -237,15 +259,16 @@ class CycledBatches:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, from batch `start` on (those before are not read)."""
-        done, end = epoch * self._length + start, (epoch + 1) * self._length
-        while done < end:
-            a_pass, offset = divmod(done, len(self._batches))
-            for batch in self._batches.epoch(a_pass, start=offset):
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """The batches of one epoch, from batch `start` on (those before are not read); `share` as for `Batches`."""
+        number, (rank, processes) = start, share
+        while number < self._length:
+            a_pass, offset = divmod(epoch * self._length + number, len(self._batches))
+            # A pass counts its batches from its own beginning.
+            for batch in batches_from(self._batches, a_pass, offset, ((rank + offset - number) % processes, processes)):
                 yield batch
-                done += 1
-                if done == end:
+                number += 1
+                if number == self._length:
                     return
 
 

@@ -15,6 +15,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +30,25 @@ MICRO_BATCH = 8
 PIXELS_THAT_PAY = 128 * 224 * 224
 
 PictureRunner = Callable[[Any], Tensor]
+
+_KEPT: ContextVar[dict[tuple[Any, ...], PictureRunner] | None] = ContextVar("_KEPT", default=None)
+
+
+@contextmanager
+def copies_kept() -> Iterator[None]:
+    """Within the block a faster copy is made once for all data that go through the same model.
+
+    The weights must not change in it.
+
+    Example:
+        >>> with copies_kept():
+        ...     pass
+    """
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 def pays(model: nn.Module, inputs: object, batches: int | None) -> bool:
@@ -59,7 +79,11 @@ def pays(model: nn.Module, inputs: object, batches: int | None) -> bool:
 
 
 def accelerate(
-    model: nn.Module, features_of: Callable[[nn.Module], PictureRunner], inputs: Tensor, tolerance: float
+    model: nn.Module,
+    features_of: Callable[[nn.Module], PictureRunner],
+    inputs: Tensor,
+    tolerance: float,
+    name: str | None = None,
 ) -> PictureRunner | None:
     """A faster runner for pictures of this shape, or None if none was found that gives the same features.
 
@@ -71,17 +95,23 @@ def accelerate(
         features_of: gives the plain runner of a network.
         inputs: the first batch, `(B, C, H, W)`.
         tolerance: largest relative error of the features of some pictures of this batch.
+        name: of the features; within `copies_kept` a copy that was made for the same name serves again.
     """
+    kept = _KEPT.get()
+    copies = {} if kept is None or name is None else kept
     sample = inputs[: MICRO_BATCH // 2]  # the rest is filled with zeros, which must not reach the others
     expected = features_of(model)(sample)
     for make in (_compiled, _channels_last):
         try:
-            run = _in_micro_batches(make(model, features_of, sample), sample.shape[1:], features_of(model))
+            key = (id(model), name, make.__name__, sample.shape[1:])
+            if (run := copies.get(key)) is None:
+                run = _in_micro_batches(make(model, features_of, sample), sample.shape[1:], features_of(model))
             error = ((run(sample) - expected).double().norm() / expected.double().norm().clamp_min(1e-300)).item()
         except Exception as reason:  # whatever foreign code a tracer meets: the plain way is always there
             logger.info("No faster copy of %s by %s: %s", type(model).__name__, make.__name__, reason)
             continue
         if error <= tolerance:
+            copies[key] = run
             return run
         logger.info("A faster copy of %s is %.1e off, so it is not used.", type(model).__name__, error)
     return None

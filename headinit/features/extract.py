@@ -383,7 +383,7 @@ def _batches_from(batches: Any, epoch: int, skip: int, every: int, turn: int) ->
     if isinstance(batches, TensorPair):
         return enumerate(batches.from_batch(skip), start=skip)
     if isinstance(batches, Batches):
-        return zip(itertools.count(skip + turn, every), batches.epoch(epoch, skip + turn, every))
+        return enumerate(batches.epoch(epoch, skip, share=((skip + turn) % every, every)), start=skip)
     if hasattr(batches, "epoch"):
         return enumerate(batches.epoch(epoch, skip) if skip else batches.epoch(epoch), start=skip)
     return enumerate(itertools.islice(iter(batches), skip, None), start=skip)
@@ -426,7 +426,7 @@ def _choose_runner(
     if precision == "bf16" or (precision == "auto" and bf16_allowed(run, inputs)):
         return _under_bf16(run), "bf16"
     if speed == "auto" and isinstance(inputs, Tensor) and pays(model, inputs, batches):
-        faster = accelerate(model, lambda network: head_runner(network, site), inputs, FAST_TOLERANCE)
+        faster = accelerate(model, lambda network: head_runner(network, site), inputs, FAST_TOLERANCE, site.path)
         if faster is not None:
             return faster, "fp32"
     return run, "fp32"

@@ -26,6 +26,7 @@ from headinit.schemes.calibration import (
     scorable,
 )
 from headinit.schemes.scheme import HeadShape, HeadWeights, Scheme, check_positive
+from headinit.threads import one_thread_if_small
 
 FEATURES = ("auto", "raw", "standardised")
 
@@ -467,7 +468,8 @@ def solve_probes(
         return loss + 0.5 * penalty * float(weight.square().sum()), gradient.flatten().numpy()
 
     options = {"maxiter": max_iterations, "maxfun": 2 * max_iterations, "ftol": tolerance, "gtol": 1e-9, "maxcor": 10}
-    result = minimize(objective, initial.ravel(), jac=True, method="L-BFGS-B", options=options)
+    with one_thread_if_small(size * rank * num_classes * folds):
+        result = minimize(objective, initial.ravel(), jac=True, method="L-BFGS-B", options=options)
     weight, bias = unpack(result.x)
     if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise SchemeError("The logistic regression did not stay finite. Check the features for extreme values.")

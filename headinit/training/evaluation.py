@@ -52,8 +52,9 @@ def predict(
 
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     parts = []
+    own = batches.epoch(0, share=(rank, processes)) if isinstance(batches, Batches) else batches
     with _evaluation_mode(model):
-        for index, batch in _read_by(rank, processes, batches):
+        for index, batch in enumerate(own):
             if index % processes == rank:
                 inputs, labels = split_batch(batch)
                 with supplied(inputs) as given:
@@ -67,14 +68,6 @@ def predict(
     if not parts:
         raise DataError("There is no example to evaluate on. Give a validation split with at least one example.")
     return _joined([logits for _, logits, _ in parts]), _joined([labels for _, _, labels in parts], IGNORED_LABEL)
-
-
-def _read_by(rank: int, processes: int, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """The numbered batches; those of other processes are None where they need not be read."""
-    if processes == 1 or not isinstance(batches, Batches):
-        return enumerate(batches)
-    own = batches.epoch(0, rank, processes)
-    return ((index, next(own) if index % processes == rank else None) for index in range(len(batches)))
 
 
 def evaluate(

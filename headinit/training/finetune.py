@@ -8,7 +8,6 @@ so that weights, optimizer state and position are all there is to save.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 import time
 import warnings
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
+from headinit.data.loading import batches_from
 from headinit.errors import CheckpointError, TrainingError, unknown_name
 from headinit.heads.record import unwrap
 from headinit.processes import any_process, by_first, join_processes
@@ -269,9 +269,8 @@ class _Run:
 
     def remaining_steps(self) -> Iterator[list[Any]]:
         """The batches of each optimizer step of this epoch that is still to be done."""
-        batches = _epoch_batches(
-            self.train, self.at.epoch - 1, self.at.steps_in_epoch * self.batches_per_step, self.recipe.seed
-        )
+        start = self.at.steps_in_epoch * self.batches_per_step
+        batches = _epoch_batches(self.train, self.at.epoch - 1, start, self.recipe.seed, (self.rank, self.processes))
         while self.at.steps < self.total_steps and (group := list(islice(batches, self.batches_per_step))):
             yield group
 
@@ -624,8 +623,8 @@ def _length(train: Any) -> int:
     return batches
 
 
-def _epoch_batches(train: Any, epoch: int, start: int, seed: int) -> Iterator[Any]:
-    """The batches of an epoch from number `start` on."""
+def _epoch_batches(train: Any, epoch: int, start: int, seed: int, share: tuple[int, int]) -> Iterator[Any]:
+    """The batches of an epoch from number `start` on; see `Batches.epoch` for those of other processes."""
     if not hasattr(train, "epoch"):
         # A DataLoader draws its order from the global generator when it begins.
         with global_generators_kept(derived_seed(seed, f"order/{epoch}")):
@@ -633,10 +632,8 @@ def _epoch_batches(train: Any, epoch: int, start: int, seed: int) -> Iterator[An
             first = list(islice(batches, 1))
         yield from first[start:]
         yield from islice(batches, max(0, start - 1), None)
-    elif "start" in inspect.signature(train.epoch).parameters:
-        yield from train.epoch(epoch, start=start)
     else:
-        yield from islice(train.epoch(epoch), start, None)
+        yield from batches_from(train, epoch, start, share)
 
 
 def _to_device(inputs: Any, device: torch.device, channels_last: bool) -> Any:

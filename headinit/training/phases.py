@@ -7,23 +7,22 @@ train and not before, and each phase has a schedule of its own, with its own war
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from headinit.data.loading import batches_from
 from headinit.errors import ConfigError
 from headinit.heads.record import record_of
 from headinit.seeding import derived_seed
+from headinit.threads import one_thread_if_small
 from headinit.training.drift import DriftWatch
 from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze
 from headinit.training.recipe import Recipe
-from headinit.training.threads import one_thread_if_small
 
 SCHEDULED_POLICIES = ("lp_ft", "gradual")
 """Freeze policies that change during a run."""
@@ -183,7 +182,7 @@ def finetune_in_phases(
         if features is not None and index == 0 and phase.policy == "all":
             head = model.get_submodule(record_of(model).sites[0].path)
             own = replace(own, backbone_lr=None, layer_decay=None, mixup=0.0)  # no backbone, and no augmentation
-            with one_thread_if_small(head, getattr(features[0], "batch_size", 1)):
+            with one_thread_if_small(getattr(features[0], "batch_size", 1) * sum(p.numel() for p in head.parameters())):
                 outcome = finetune(head, *features, own, folder=place, on_evaluation=told, **options)
         else:
             batches = _Later(train, _epochs_of(parts)) if parts and hasattr(train, "epoch") else train
@@ -209,12 +208,9 @@ class _Later:
     def __iter__(self) -> Iterator[Any]:
         return iter(self.epoch(0))
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of one epoch, from batch `start` on."""
-        later = epoch + self._epochs
-        if "start" in inspect.signature(self._batches.epoch).parameters:
-            return self._batches.epoch(later, start=start)
-        return islice(self._batches.epoch(later), start, None)
+    def epoch(self, epoch: int, start: int = 0, share: tuple[int, int] = (0, 1)) -> Iterator[Any]:
+        """The batches of one epoch, from batch `start` on; `share` as for `Batches`."""
+        return batches_from(self._batches, epoch + self._epochs, start, share)
 
 
 def _recipe_of(recipe: Recipe, phase: Phase, index: int) -> Recipe:

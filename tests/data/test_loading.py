@@ -9,7 +9,7 @@ from PIL import Image
 
 from headinit.data import loading
 from headinit.data.images import ImagePreprocessing
-from headinit.data.loading import Batch, Batches, TensorBatches
+from headinit.data.loading import Batch, Batches, CycledBatches, TensorBatches
 from headinit.data.splits import Split
 from headinit.data.text import TextPreprocessing
 from headinit.errors import DataError
@@ -94,6 +94,32 @@ def test_epochs_differ_and_can_be_replayed_from_any_batch(kind):
     assert len(orders) == 4
     other = Batches(split, preprocessing, 4, shuffle_seed=1, **options)
     assert tuple(torch.cat(other.order(0)).tolist()) not in orders
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("length", [None, 4, 7])
+def test_a_process_reads_its_own_batches_only(processes, workers, length, monkeypatch):
+    """In every epoch and from any start, also where an epoch ends in the middle of a pass."""
+    decoded = []
+    plain = ImagePreprocessing.augmented_pixels
+    monkeypatch.setattr(
+        ImagePreprocessing, "augmented_pixels", lambda self, item, *rest: decoded.append(1) or plain(self, item, *rest)
+    )
+    batches = Batches(pictures(18), PREPROCESSING, 4, shuffle_seed=0, augmentation="basic", workers=workers)
+    batches = batches if length is None else CycledBatches(batches, length)
+    for epoch, start in ((0, 0), (1, 0), (2, 2 * processes // 3)):
+        whole = list(batches.epoch(epoch, start))
+        for rank in range(processes):
+            decoded.clear()
+            found = list(batches.epoch(epoch, start, share=(rank, processes)))
+            assert [b.index.tolist() for b in found] == [b.index.tolist() for b in whole]
+            own = [number % processes == rank for number in range(start, len(batches))]
+            for batch, expected, read in zip(found, whole, own, strict=True):
+                assert torch.equal(batch.labels, expected.labels)
+                assert torch.equal(batch.inputs, expected.inputs if read else torch.zeros_like(expected.inputs))
+            if workers == 0 or length is None:  # workers read ahead of an epoch that ends in the middle of a pass
+                assert len(decoded) == sum(len(b.index) for b, read in zip(whole, own, strict=True) if read)
 
 
 def test_augmentation_depends_on_epoch_and_example_only():

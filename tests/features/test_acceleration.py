@@ -158,6 +158,23 @@ def test_when_a_copy_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == ["made"]
 
 
+def test_one_copy_serves_all_data_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = used(monkeypatch)
+    model, sets = Convolutions(), [pictures(21), pictures(17), pictures(9, size=24)]
+    apart = [extract_features(model, data).features for data in sets]
+    assert len(calls) == 3
+    calls.clear()
+    with acceleration.copies_kept():
+        together = [extract_features(model, data).features for data in sets]
+        other = extract_features(Convolutions(), sets[0]).features
+    assert len(calls) == 3  # one for each size of pictures, one for the other model
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    assert not torch.equal(other, together[0])
+    with torch.no_grad():
+        model.stem[0].weight.mul_(-1.0)
+    assert not torch.equal(extract_features(model, sets[0]).features, together[0])  # nothing is kept after the block
+
+
 def test_the_copy_shares_what_it_can() -> None:
     model = Convolutions()
     copied = acceleration._shared_copy(model)
