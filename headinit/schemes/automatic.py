@@ -40,22 +40,20 @@ POLICIES = ("frozen", "finetune")
 # closed forms decide alone.
 PROBE_LIMIT, SOFTMAX_COST = 1.5e8, 100
 
-# A mixture is taken if it lowers the held-out loss by this share at least: it has one number per family to fit.
-MIXTURE_GAIN = 0.01
-
 # A head must lower the held-out loss of the class shares by this share at least.
 CHANCE_GAIN = 0.02
 
 
 @dataclass(frozen=True)
 class Auto(Scheme):
-    """The head that its own held-out loss prefers: ridge, LDA, the probe, or a mixture, with strength and scale.
+    """The head that held-out losses prefer: a mixture of ridge, LDA and the probe, each with its strength and scale.
 
     Each family first settles its own strength and raw or standardised features: ridge and LDA by exact leave-one-out,
     the probe by stratified folds. The winners are then scored on the same folds, each scaled by the temperature that
-    fits its held-out scores, and the least log loss wins. A weighted sum of linear heads is a linear head, too: if
-    the sum of all families, with weights >= 0 fitted to the held-out scores, beats the winner by a hundredth or more,
-    it is taken instead; the families err in different ways, so it often does.
+    fits its held-out scores. A weighted sum of linear heads is a linear head, too: the result is the sum of all
+    families, with weights >= 0 fitted to the held-out scores and pulled towards equal shares with the strength of three
+    examples (`calibration.mixing_weights`). The families err in different ways, and where few examples cannot tell them
+    apart, to choose one is a gamble; with ``mix=False`` the one of the least held-out loss is taken.
 
     With ``policy="finetune"`` every family takes the strongest regularisation whose held-out loss is within one
     standard error of its least: as good as can be told. The energy E ||e_y - p|| over the training examples, which is
@@ -124,20 +122,18 @@ class Auto(Scheme):
         if best.fit.loss > (1 - CHANCE_GAIN) * chance:
             reason = f"no held-out loss beats the class shares: {best.fit.loss:.4f} ({best.name}) against {chance:.4f}"
             return fall_back(shape, generator, moments, reason, notes)
-        mixture = contest.mixture(ranking) if self.mix else None
-        parts = [(best, 1.0)] if mixture is None else mixture.parts
-        solved = [(entry.scale * share, *entry.solve()) for entry, share in parts]
+        mixture = contest.mixture(ranking) if self.mix else Mixture([(best, 1.0)], best.fit)
+        solved = [(entry.scale * share, *entry.solve()) for entry, share in mixture.parts]
         weight = torch.stack([scale * w for scale, w, _ in solved]).sum(dim=0)
         bias = torch.stack([scale * b for scale, _, b in solved]).sum(dim=0)
-        fit = best.fit if mixture is None else mixture.fit
         logits = examples.features.double() @ weight.T + bias
         factor = self._factor(logits, examples.labels)
         notes |= {
-            "chosen": best.name if mixture is None else "mixture",
-            "reason": _reason(self.policy or "frozen", ranking, fit, mixture is not None),
-            "parts": {entry.name: entry.settings(share) for entry, share in parts},
-            "held_out_loss": fit.loss,
-            "held_out_accuracy": fit.accuracy,
+            "chosen": mixture.name,
+            "reason": _reason(self.policy or "frozen", ranking, mixture),
+            "parts": {entry.name: entry.settings(share) for entry, share in mixture.parts},
+            "held_out_loss": mixture.fit.loss,
+            "held_out_accuracy": mixture.fit.accuracy,
             "held_out_losses": {entry.name: entry.fit.loss for entry in ranking},
             "chance_loss": chance,
             "training_energy": energy(factor * logits, examples.labels),
@@ -188,6 +184,11 @@ class Mixture:
 
     parts: list[tuple[Entry, float]]
     fit: Calibration
+
+    @property
+    def name(self) -> str:
+        """The family, or that there are several."""
+        return "mixture" if len(self.parts) > 1 else self.parts[0][0].name
 
 
 @dataclass(frozen=True)
@@ -272,16 +273,14 @@ class Contest:
             ],
         )
 
-    def mixture(self, entries: list[Entry]) -> Mixture | None:
-        """The weighted sum of all families, if it beats the best of them by enough."""
+    def mixture(self, entries: list[Entry]) -> Mixture:
+        """The weighted sum of all families."""
         scores = [entry.scores * entry.fit.scale for entry in entries]
         labels = self.examples.labels[torch.cat([held for _, held in self._folds()])]
         _, labels = torch.unique(labels, return_inverse=True)
         shares = mixing_weights(scores, labels)
         total = torch.stack([a * z for a, z in zip(shares, scores, strict=True)]).sum(dim=0)
         fit = calibrate(total, labels, scale=1.0)
-        if fit.loss > (1 - MIXTURE_GAIN) * entries[0].fit.loss:
-            return None
         return Mixture([(e, a) for e, a in zip(entries, shares, strict=True) if a > 1e-3], fit)
 
     def _settle(self, candidates: list[Candidate]) -> tuple[Candidate, float]:
@@ -407,14 +406,14 @@ def fall_back(
     return replace(head, bias=bias, bias_std=None if shape.bias else 0.0, notes=notes)
 
 
-def _reason(policy: str, ranking: list[Entry], fit: Calibration, mixed: bool) -> str:
+def _reason(policy: str, ranking: list[Entry], mixture: Mixture) -> str:
     losses = ", ".join(f"{entry.name} {entry.fit.loss:.4f}" for entry in ranking)
-    strength = (
-        "" if policy == "frozen" else ", each at the strongest regularisation within one standard error of its best"
-    )
-    if mixed:
-        return f"the weighted sum has held-out loss {fit.loss:.4f}, below every family alone ({losses}{strength})"
-    return f"{ranking[0].name} has the least held-out loss ({losses}{strength})"
+    if policy == "finetune":
+        losses += ", each at the strongest regularisation within one standard error of its best"
+    if len(mixture.parts) > 1:
+        shares = ", ".join(f"{share:.2f} {entry.name}" for entry, share in mixture.parts)
+        return f"families weighed by their held-out losses ({losses}): {shares}; together {mixture.fit.loss:.4f}"
+    return f"{mixture.name} has the least held-out loss ({losses})"
 
 
 SCHEMES: dict[str, Callable[..., Scheme]] = {"auto": Auto}

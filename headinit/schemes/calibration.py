@@ -19,6 +19,9 @@ MISSING = ("mean", "error")
 # Examples with a uniform label that are added where a scale is fitted.
 SMOOTH = 0.5
 
+# How many examples equal shares of a mixture are worth.
+EQUAL_SHARES = 3.0
+
 # What comes in.
 
 
@@ -264,36 +267,38 @@ def fit_scale(scores: Tensor, labels: Tensor) -> float:
 
 
 def mixing_weights(scores: list[Tensor], labels: Tensor) -> list[float]:
-    """Weights a_m >= 0 that minimise the mean of -log softmax(sum_m a_m z_m)[y]: stacking (Wolpert 1992).
+    """Weights a_m >= 0 that minimise mean(-log softmax(sum_m a_m z_m)[y]) + T / (2 n) sum_m (a_m - 1/M)^2.
 
-    A weighted sum of linear heads is a linear head. The problem is convex and has one number per head; as in
-    `fit_scale`, half an example with a uniform label bounds it.
+    Stacking (Wolpert 1992), pulled towards equal shares of the M heads with the strength of a few examples, T =
+    `EQUAL_SHARES`: heads that few examples cannot tell apart are averaged, which is safer than to choose one. The
+    problem is convex and has one number per head; as in `fit_scale`, half an example with a uniform label bounds it.
 
     Args:
         scores: for each head `(n, K)` held-out scores, already scaled.
         labels: `(n,)`.
 
     Example:
-        >>> good, bad = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double(), torch.tensor([[0.0, 1.0], [0.0, 1.0]]).double()
-        >>> a, b = mixing_weights([good, bad], torch.tensor([0, 1]))
-        >>> a > 0.5, round(b, 3)
-        (True, 0.0)
+        >>> good, bad = 9 * torch.eye(2).double().repeat(50, 1), 9 * torch.eye(2).double()[[1, 0]].repeat(50, 1)
+        >>> a, b = mixing_weights([good, bad], torch.tensor([0, 1]).repeat(50))
+        >>> a > 0.5, b < 0.2
+        (True, True)
     """
     from scipy.optimize import minimize
 
     stacked = torch.stack([z - z.mean(dim=1, keepdim=True) for z in scores])
     own = stacked.gather(2, labels.expand(len(stacked), -1)[:, :, None]).mean(dim=(1, 2))
-    smooth = SMOOTH / len(labels)
+    smooth, pull, equal = SMOOTH / len(labels), EQUAL_SHARES / len(labels), 1.0 / len(scores)
 
     def objective(weights: Any) -> tuple[float, Any]:
         a = torch.from_numpy(weights)
         logits = torch.einsum("m,mnk->nk", a, stacked)
         normaliser = torch.logsumexp(logits, dim=1)
         p = torch.exp(logits - normaliser[:, None])
-        gradient = (1 + smooth) * (p * stacked).sum(dim=2).mean(dim=1) - own
-        return float((1 + smooth) * normaliser.mean() - a @ own), gradient.numpy()
+        gradient = (1 + smooth) * (p * stacked).sum(dim=2).mean(dim=1) - own + pull * (a - equal)
+        loss = (1 + smooth) * normaliser.mean() - a @ own + 0.5 * pull * (a - equal).square().sum()
+        return float(loss), gradient.numpy()
 
-    start = torch.full((len(scores),), 1.0 / len(scores), dtype=torch.float64).numpy()
+    start = torch.full((len(scores),), equal, dtype=torch.float64).numpy()
     result = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * len(scores))
     return [float(a) for a in result.x]
 

@@ -10,11 +10,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch.testing import assert_close
 
 from headinit.errors import SchemeError
 from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
-from headinit.schemes.automatic import Auto, share_loss
+from headinit.schemes.automatic import Auto, Contest, share_loss
 from headinit.schemes.calibration import log_losses
 from headinit.schemes.scheme import HeadShape, HeadWeights
 
@@ -71,7 +72,8 @@ def test_held_out_loss_in_the_notes_tells_the_loss_on_fresh_examples() -> None:
     head = Auto()(shape_of(data), generator(), data)
     loss = log_losses(logits(head, fresh.features), fresh.labels).mean().item()
     assert head.notes["held_out_loss"] == pytest.approx(loss, rel=0.15)
-    assert head.notes["held_out_loss"] <= min(head.notes["held_out_losses"].values())
+    # Equal shares are worth three examples, so it may be that much above the best of the families.
+    assert head.notes["held_out_loss"] <= 1.001 * min(head.notes["held_out_losses"].values())
     assert set(head.notes["held_out_losses"]) == {"ridge", "lda", "probe (raw)", "probe (standardised)"}
     assert "held-out loss" in head.notes["reason"]
 
@@ -114,10 +116,27 @@ def test_energy_is_left_where_the_labels_are_fitted() -> None:
 def test_a_mixture_is_the_weighted_sum_and_can_be_turned_off() -> None:
     data = clusters(300, 40)
     single = Auto(mix=False)(shape_of(data), generator(), data)
-    assert single.notes["chosen"] in single.notes["held_out_losses"]
+    assert single.notes["chosen"] == min(single.notes["held_out_losses"], key=single.notes["held_out_losses"].get)
     assert list(single.notes["parts"]) == [single.notes["chosen"]]
     mixed = Auto()(shape_of(data), generator(), data)
-    assert mixed.notes["held_out_loss"] <= single.notes["held_out_loss"]
+    assert mixed.notes["chosen"] == "mixture"
+    contest = Contest.of(data, Moments.of(data), True, Auto())
+    parts = [(entry.scale * mixed.notes["parts"][entry.name]["share"], *entry.solve()) for entry in contest.entries()]
+    assert_close(mixed.weight.double(), sum(share * weight for share, weight, _ in parts), rtol=1e-4, atol=1e-6)
+    assert_close(mixed.bias.double(), sum(share * bias for share, _, bias in parts), rtol=1e-4, atol=1e-5)
+
+
+def test_with_few_examples_a_mixture_is_safer_than_a_choice() -> None:
+    """Mean log loss on new examples, over 20 draws of 40 training examples with 40 features."""
+    new = clusters(2000, 40, seed=99)
+    losses: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(20):
+        data = clusters(40, 40, seed=seed)
+        for mix, found in losses.items():
+            head = Auto(mix=mix)(shape_of(data), generator(), data)
+            found.append(log_losses(logits(head, new.features), new.labels).mean().item())
+    assert sum(losses[True]) < sum(losses[False])
+    assert sum(a < b for a, b in zip(losses[True], losses[False], strict=True)) >= 12
 
 
 @pytest.mark.parametrize("size", [4, 7])

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch.testing import assert_close
 
 from headinit import schemes
@@ -241,6 +243,21 @@ def test_mixing_weights_against_a_grid() -> None:
     least = min(loss(p / 20, q / 20) for p in range(41) for q in range(41))
     assert loss(*found) < least + 1e-4
     assert loss(*found) < min(loss(found[0], 0), loss(0, found[1]))
+
+
+def test_mixing_weights_are_pulled_to_equal_shares_with_the_strength_of_three_examples() -> None:
+    g = generator(1)
+    y = torch.randint(3, (12,), generator=g)
+    heads = [torch.randn(12, 3, generator=g).double() for _ in range(2)]
+
+    def objective(weights: Any) -> float:
+        z = sum(a * head for a, head in zip(weights, heads, strict=True))
+        loss = log_losses(z, y).mean() + 0.5 / 12 * (torch.logsumexp(z, 1) - z.mean(1)).mean()
+        return float(loss) + 3.0 / (2 * 12) * sum((a - 0.5) ** 2 for a in weights)
+
+    wanted = minimize(objective, [0.5, 0.5], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-14}).x
+    assert min(wanted) > 0
+    assert mixing_weights(heads, y) == pytest.approx(list(wanted), abs=1e-4)
 
 
 # Folded normalisation.
