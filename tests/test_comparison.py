@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -576,3 +577,29 @@ def test_runs_that_are_not_there(tmp_path: Path) -> None:
         compare_runs(tmp_path / "none")
     with pytest.raises(DataError, match="No finished run"):
         compare_runs(tmp_path)
+
+
+POOL = """
+import os, sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from headinit.comparison.runs import prepare_worker
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=prepare_worker, initargs=(1,))
+    print(pool.submit(os.getpid).result(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_worker_does_not_outlive_a_killed_comparison(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    parent = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = psutil.Process(int(parent.stdout.readline()))
+    assert worker.ppid() == parent.pid
+    parent.kill()
+    parent.communicate()
+    _, alive = psutil.wait_procs([worker], timeout=60)
+    assert not alive

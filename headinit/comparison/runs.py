@@ -7,10 +7,13 @@ import hashlib
 import itertools
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,11 +80,31 @@ def _run_in_processes(bench: Bench, cells: Sequence[Cell], folder: Path, workers
     missing = [own for own in settings if not (run_folder(own, folder) / RESULT_FILE).is_file()]
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        workers, mp_context=get_context("spawn"), initializer=prepare_worker, initargs=(threads,)
     ) as pool:
         configs = [as_mapping(own) for own in missing]
         for _ in pool.map(_run_quietly, configs, itertools.repeat(folder), itertools.repeat(keep_models)):
             pass
+
+
+def prepare_worker(threads: int) -> None:
+    """What a process of a pool does first: take its share of the threads, and see to it that it ends with its parent.
+
+    A pool's processes wait for work for ever where the parent was killed. This one then gets SIGTERM until it ends: a
+    run saves and leaves, and is gone on with by the next comparison.
+    """
+    torch.set_num_threads(threads)
+    parent = parent_process()
+
+    def end_with_parent() -> None:
+        assert parent is not None
+        parent.join()
+        while True:  # the pool may have handed out one more run
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.0)
+
+    if parent is not None:
+        threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _run_quietly(config: Mapping[str, Any], folder: Path, keep_models: bool) -> None:
