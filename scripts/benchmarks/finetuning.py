@@ -237,12 +237,12 @@ def picture_model(bench: Bench, name: str) -> nn.Module:
 
 
 def our_run(
-    bench: Bench, name: str, model: nn.Module, split: Split, precision: str, channels_last: bool = True
+    bench: Bench, name: str, model: nn.Module, split: Split, precision: str, **options: Any
 ) -> tuple[float, TrainingOutcome]:
-    """Seconds and outcome of one epoch; two pictures are evaluated before and after it."""
+    """Seconds and outcome of one epoch; two pictures are evaluated before and after it. `options` are of the recipe."""
     train = batches_of(bench, name, split, shuffle_seed=0)
     few = list(batches_of(bench, name, first_examples(split, 2)))
-    recipe = replace(PICTURES, precision=precision, channels_last=channels_last)
+    recipe = replace(PICTURES, precision=precision, **options)
     with timed() as seconds:
         outcome = finetune(model, train, few, recipe, cpu=True)
     return seconds[0], outcome

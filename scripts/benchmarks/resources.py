@@ -134,17 +134,17 @@ def frozen_run(bench: Bench, name: str) -> None:
 
 
 def tuning_run(bench: Bench, name: str, kind: str) -> None:
-    """A few steps of full fine-tuning."""
+    """A few steps of full fine-tuning by AdamW, whose states both keep (Trainer's SGD has no momentum)."""
     from benchmarks.finetuning import BATCH, our_run, picture_model
 
     split = first_examples(pictures_of(bench).train, BATCH * bench.size.memory_steps)
     model = picture_model(bench, name)
     if kind == "ours":
-        our_run(bench, name, model, split, "fp32")
+        our_run(bench, name, model, split, "fp32", optimizer="adamw")
         return
     from benchmarks.comparisons import trainer_of_pictures
 
-    trainer_of_pictures(bench, name, model, split, optim="sgd").train()
+    trainer_of_pictures(bench, name, model, split, optim="adamw_torch").train()
 
 
 def main(arguments: list[str]) -> Any:

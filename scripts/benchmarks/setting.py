@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,17 +172,6 @@ class Decoded(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.preprocessing(self.split.items[i]), int(self.split.labels[i])
-
-
-def in_turns(actions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each action, one after another, round by round: what else the machine does meets all of them."""
-    found: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in range(rounds):
-        for name, action in actions.items():
-            with timed() as seconds:
-                action()
-            found[name] += seconds
-    return found
 
 
 # --- what is measured on ----------------------------------------------------------------------------------------------
