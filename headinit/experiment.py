@@ -474,7 +474,7 @@ def _run_on_features(
     if loaders.test is not None:
         sources["test"] = loaders.test
     with clock("features"):
-        features = _features_of(model, sources, settings)
+        features = features_of(model, sources, settings)
         lengths = {name: sources[name].labelled_tokens() for name in sources if task.name == "token"}
     with clock("head"):
         _start_from_data(model, settings, features["train"])
@@ -507,7 +507,7 @@ def _run_on_examples(
     features, probe = {}, None
     if sources:
         with clock("features"):
-            features = _features_of(model, sources, settings)
+            features = features_of(model, sources, settings)
             lengths = {part: sources[part].labelled_tokens() for part in sources if task.name == "token"}
         with clock("head"):
             _start_from_data(model, settings, features["train"])
@@ -530,7 +530,7 @@ def _run_on_examples(
     return start, outcome, evaluations
 
 
-def _features_of(model: nn.Module, sources: Mapping[str, Batches], settings: Settings) -> dict[str, FeatureSet]:
+def features_of(model: nn.Module, sources: Mapping[str, Batches], settings: Settings) -> dict[str, FeatureSet]:
     """What the head receives from each of these splits."""
     cache, progress = feature_cache(settings), settings.trainer.progress
     with copies_kept():
@@ -760,10 +760,9 @@ def _record(
 
 def _announce(console: Console, settings: Settings, splits: DataSplits, backbone: Backbone) -> None:
     """What is about to run, and where the weights come from."""
-    if settings.init["name"] == "auto" and init_of(settings)[0] != "auto":
-        console.print(
-            f"init=auto: head={settings.head['name']} has no closed form, so it starts by {init_of(settings)[0]}."
-        )
+    scheme, _ = init_of(settings)
+    if scheme != settings.init["name"]:
+        console.print(f"init=auto: head={settings.head['name']} has no closed form, so it starts by {scheme}.")
     weights = backbone.weights
     origin = f"{weights.source} weights" + (f" ({weights.path})" if weights.path else "")
     test = "no test split" if splits.test is None else f"{len(splits.test)} test"

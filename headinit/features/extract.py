@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from headinit.data.loading import Batches
+from headinit.data.loading import batches_from
 from headinit.errors import DataError, HeadError, unknown_name
 from headinit.features.acceleration import accelerate, pays
 from headinit.features.cache import (
@@ -382,10 +382,8 @@ def _batches_from(batches: Any, epoch: int, skip: int, every: int, turn: int) ->
     """The batches of an epoch from number `skip` on, numbered; what is not wanted is not read where the data allow."""
     if isinstance(batches, TensorPair):
         return enumerate(batches.from_batch(skip), start=skip)
-    if isinstance(batches, Batches):
-        return enumerate(batches.epoch(epoch, skip, share=((skip + turn) % every, every)), start=skip)
     if hasattr(batches, "epoch"):
-        return enumerate(batches.epoch(epoch, skip) if skip else batches.epoch(epoch), start=skip)
+        return enumerate(batches_from(batches, epoch, skip, share=((skip + turn) % every, every)), start=skip)
     return enumerate(itertools.islice(iter(batches), skip, None), start=skip)
 
 

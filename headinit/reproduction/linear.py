@@ -16,13 +16,12 @@ from headinit.errors import ConfigError
 from headinit.experiment import (
     Task,
     attach_new_head,
-    feature_cache,
+    features_of,
     load_model,
     load_splits,
     make_loaders,
 )
-from headinit.features.acceleration import copies_kept
-from headinit.features.extract import FeatureSet, extract_features
+from headinit.features.extract import FeatureSet
 from headinit.features.moments import Moments
 from headinit.schemes.linear_probe import ProbeProblem
 
@@ -115,12 +114,7 @@ def run_linear_protocol(settings: Settings) -> dict[str, Any]:
     loaders = make_loaders(settings, splits, backbone)
     model = attach_new_head(settings, splits, backbone)
     parts: dict[str, Any] = {"train": loaders.train_in_order, "val": loaders.validation, "test": loaders.test}
-    with copies_kept():
-        features = {
-            name: extract_features(model, batches, cache=feature_cache(settings), progress=settings.trainer.progress)
-            for name, batches in parts.items()
-            if batches is not None
-        }
+    features = features_of(model, {name: batches for name, batches in parts.items() if batches is not None}, settings)
     outcome = linear_protocol(
         features["train"],
         features["val"],

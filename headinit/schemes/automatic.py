@@ -130,7 +130,7 @@ class Auto(Scheme):
         factor = self._factor(logits, examples.labels)
         notes |= {
             "chosen": mixture.name,
-            "reason": _reason(self.policy or "frozen", ranking, mixture),
+            "reason": _reason(self.policy, ranking, mixture),
             "parts": {entry.name: entry.settings(share) for entry, share in mixture.parts},
             "held_out_loss": mixture.fit.loss,
             "held_out_accuracy": mixture.fit.accuracy,
@@ -406,7 +406,7 @@ def fall_back(
     return replace(head, bias=bias, bias_std=None if shape.bias else 0.0, notes=notes)
 
 
-def _reason(policy: str, ranking: list[Entry], mixture: Mixture) -> str:
+def _reason(policy: str | None, ranking: list[Entry], mixture: Mixture) -> str:
     losses = ", ".join(f"{entry.name} {entry.fit.loss:.4f}" for entry in ranking)
     if policy == "finetune":
         losses += ", each at the strongest regularisation within one standard error of its best"

@@ -120,6 +120,8 @@ def test_a_mixture_is_the_weighted_sum_and_can_be_turned_off() -> None:
     assert list(single.notes["parts"]) == [single.notes["chosen"]]
     mixed = Auto()(shape_of(data), generator(), data)
     assert mixed.notes["chosen"] == "mixture"
+    most = 3 / (2 * 300) * (1 - 1 / 4)  # what the pull charges the best of four families for standing alone
+    assert mixed.notes["held_out_loss"] <= single.notes["held_out_loss"] + most
     contest = Contest.of(data, Moments.of(data), True, Auto())
     parts = [(entry.scale * mixed.notes["parts"][entry.name]["share"], *entry.solve()) for entry in contest.entries()]
     assert_close(mixed.weight.double(), sum(share * weight for share, weight, _ in parts), rtol=1e-4, atol=1e-6)
