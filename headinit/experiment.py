@@ -727,6 +727,9 @@ def _record(
     config = as_mapping(settings)
     if process_count() > 1:
         config["trainer"]["processes"] = process_count()  # each step takes as many batches
+    scheme, options = init_of(settings)
+    if scheme != settings.init["name"]:  # what the head started by, not what was asked for
+        config["init"] = {"name": scheme, **options}
     config["trainer"]["monitor"] = recipe_of(settings, splits.task, splits.class_names).monitor
     return RunRecord(
         config=config,

@@ -269,6 +269,7 @@ def test_the_default_start_serves_every_kind_of_head(
         assert "policy" not in options
     record = run(chosen, tmp_path / "run")
     assert math.isfinite(record.init["loss"])
+    assert record.config["init"]["name"] == init_of(chosen)[0]
     assert ("has no closed form" in capsys.readouterr().out.replace("\n", " ")) == (head in WITHOUT_CLOSED_FORM)
 
 
