@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _UNSUPPORTED = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context and sequence parallelism",
@@ -30,7 +29,7 @@ def join_processes() -> None:
     """Connect with the other processes that a launcher has started, if there are any; a second call does nothing.
 
     Raises:
-        TrainingError: the launcher is set to cut the model into pieces (FSDP, DeepSpeed), which no loop here supports.
+        TrainingError: the launcher is set to DeepSpeed, Megatron-LM or another way that no loop here supports.
 
     Example:
         >>> join_processes(), process_index(), process_count()
@@ -39,8 +38,8 @@ def join_processes() -> None:
     for variable, name in _UNSUPPORTED.items():
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise TrainingError(
-                f"accelerate is configured for {name}, which cuts the model into pieces, and headinit trains whole "
-                "models only. Use its MULTI_GPU or MULTI_CPU configuration (DDP), with trainer.precision=bf16, a "
+                f"accelerate is configured for {name}, and headinit trains whole models (MULTI_GPU or MULTI_CPU, which "
+                "is DDP) or models that FSDP cuts (fsdp_version: 2). Use one of these, with trainer.precision=bf16, a "
                 "smaller trainer.batch_size with trainer.accumulation, or a freeze policy where memory is short; or "
                 "give the model of attach_head to a trainer that supports it (docs/clusters.md)."
             )

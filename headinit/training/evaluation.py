@@ -16,7 +16,6 @@ from headinit.training.losses import IGNORED_LABEL, split_batch
 from headinit.training.prefix import supplied
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     batches: Iterable[Any],
@@ -24,6 +23,7 @@ def predict(
     device: torch.device | None = None,
     rank: int = 0,
     processes: int = 1,
+    together: bool = False,
     between: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels of all examples, in the order of the batches, on the CPU.
@@ -33,6 +33,8 @@ def predict(
         batches: `Batches`, a DataLoader, or any iterable of ``(inputs, labels[, ...])``.
         device: where the model is; None to look.
         rank, processes: with several processes each computes every `processes`-th batch, and all get all results.
+        together: every process has to run the model equally often, because it lies in pieces: one that has no batch
+            left runs it on that of another, for nothing.
         between: called after each batch (with several processes, after each has done one, in all of them), for instance
             to stop on a signal.
 
@@ -51,18 +53,25 @@ def predict(
     from accelerate.utils import gather_object, send_to_device
 
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    parts = []
+    parts: list[tuple[int, Tensor, Tensor]] = []
     own = batches.epoch(0, share=(rank, processes)) if isinstance(batches, Batches) else batches
-    with _evaluation_mode(model):
+
+    def logits_of(inputs: Any) -> Tensor:
+        with supplied(inputs) as given:
+            logits = call_model(model, send_to_device(given, device))
+        return (logits if logits.dtype == torch.float64 else logits.float()).cpu()
+
+    index = -1
+    # Pieces that are put together under inference mode could not be used by training.
+    with torch.no_grad() if together else torch.inference_mode(), _evaluation_mode(model):
         for index, batch in enumerate(own):
+            inputs, labels = split_batch(batch)
             if index % processes == rank:
-                inputs, labels = split_batch(batch)
-                with supplied(inputs) as given:
-                    logits = call_model(model, send_to_device(given, device))
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                parts.append((index, logits.cpu(), labels.cpu()))
+                parts.append((index, logits_of(inputs), labels.cpu()))
             if between is not None and (index + 1) % processes == 0:
                 between()
+        if together and index >= 0 and index % processes < rank:
+            logits_of(inputs)
     if processes > 1:
         parts = sorted(gather_object(parts), key=lambda part: part[0])
     if not parts:

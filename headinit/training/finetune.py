@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from headinit.analysis.metrics import HIGHER_IS_BETTER, metrics_for
 from headinit.data.loading import batches_from
 from headinit.errors import CheckpointError, TrainingError, unknown_name
-from headinit.heads.record import unwrap
+from headinit.heads.record import has_record, unwrap
 from headinit.processes import any_process, by_first, join_processes
 from headinit.seeding import derived_seed, global_generators_kept
 from headinit.training.averaging import WeightAverage
@@ -45,9 +45,10 @@ from headinit.training.health import Health
 from headinit.training.losses import TASKS, count_targets, split_batch, summed_loss, training_outputs
 from headinit.training.mixup import mix
 from headinit.training.param_groups import param_groups
-from headinit.training.precision import chosen_precision
+from headinit.training.precision import chosen_precision, depthwise_in_float32
 from headinit.training.prefix import CachedInputs, cached_prefix, supplied
 from headinit.training.recipe import Recipe
+from headinit.training.sharding import check_sharding, copy_values, in_pieces, let_go, own_piece, put_together
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,7 +167,7 @@ def finetune(
 
         while run.at.epoch <= run.epochs and not run.at.stopped_early:
             epoch = run.at.epoch
-            model.train()
+            run.model.train()
             for batches in run.remaining_steps():
                 # Seeded by the step: dropout draws the same numbers whatever was drawn before, also after a restart.
                 with global_generators_kept(derived_seed(recipe.seed, f"training/{epoch}/{run.at.steps_in_epoch}")):
@@ -201,19 +202,17 @@ class _Run:
         drift: DriftWatch | None,
     ) -> None:
         self.recipe, self.task, self.metrics, self.train, self.validation = recipe, task, metrics, train, validation
-        self.bare = unwrap(model)
-        groups = param_groups(
-            self.bare,
-            lr=recipe.lr,
-            backbone_lr=recipe.backbone_lr,
-            layer_decay=recipe.layer_decay,
-            weight_decay=recipe.weight_decay,
-        )
-        precision = chosen_precision(recipe.precision, self.bare, train, cpu=cpu)
+        self.given = unwrap(model)
+        groups = _groups(self.given, recipe)
+        precision = chosen_precision(recipe.precision, self.given, train, cpu=cpu)
         self.accelerator = _accelerator(precision, cpu)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.model = stack.enter_context(_prepared(self.accelerator, model, recipe.channels_last))
         self.call: Callable[..., Any] = self.model
+        self.bare = unwrap(self.model)
+        self.in_pieces = self.bare is not self.given
+        if self.in_pieces:
+            groups = _groups(self.bare, recipe)
         self.optimizer = _optimizer(recipe, groups)
         self.names = {id(parameter): name for name, parameter in self.bare.named_parameters()}
         self.trainable = [parameter for group in groups for parameter in group["params"]]
@@ -229,9 +228,8 @@ class _Run:
         self.steps_per_epoch = math.ceil(_length(train) / self.batches_per_step)
         self.total_steps = recipe.epochs * self.steps_per_epoch if recipe.steps is None else recipe.steps
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
-        if recipe.compile is True or (
-            recipe.compile == "auto" and compiling_pays(self.bare, self.accelerator.device, self.total_steps)
-        ):
+        compiling = recipe.compile == "auto" and compiling_pays(self.bare, self.accelerator.device, self.total_steps)
+        if (compiling or recipe.compile is True) and not self.in_pieces:
             self.call = Compiled(self.model)
         self.at = _Position(precision=precision)
         self.best: dict[str, Tensor] = {}
@@ -288,7 +286,7 @@ class _Run:
             inputs, labels = examples[index] if index < len(examples) else examples[0]
             weight = float(index < len(examples))
             synchronise = index + self.processes >= len(examples)
-            with nullcontext() if synchronise else self.accelerator.no_sync(self.model):
+            with nullcontext() if synchronise else self._unsynchronised():
                 loss = weight * self._loss(inputs, labels, index)
                 self.accelerator.backward(loss * (self.processes / targets))
             loss_sum += loss.detach()
@@ -318,6 +316,8 @@ class _Run:
         self._share_buffers()
         with self._drift_watched():
             logits, labels = self._predict(self.validation, between=self.leave_if_any_asked if epoch else None)
+        if self.in_pieces:
+            let_go(self.bare)
         scores = self.metrics(logits, labels)
         at, monitor = self.at, self.recipe.monitor
         if monitor not in scores:
@@ -337,7 +337,7 @@ class _Run:
             better = row[monitor] > best if HIGHER_IS_BETTER[monitor] else row[monitor] < best
         if better:
             at.best_epoch, at.evaluations_since_best = epoch, 0
-            self.best = {name: as_cpu_copy(tensor) for name, tensor in self._moving().items()}
+            self.best = {name: as_cpu_copy(put_together(tensor)) for name, tensor in moving_tensors(self.bare).items()}
         else:
             at.evaluations_since_best += 1
         at.history.append(row)
@@ -349,15 +349,19 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint, if there is a folder for one."""
-        if self.folder is not None:
-            by_first(self._save)  # the others wait, and learn of a full disk
-
-    def _save(self) -> None:
-        assert self.folder is not None
+        if (folder := self.folder) is None:
+            return
         scaler = self.accelerator.scaler
         self.at.scaler = scaler.state_dict() if scaler is not None else None
+        self.at.health = self.health.state()
+        tensors = self._tensors()
+        # The others wait, and learn of a full disk.
+        by_first(lambda: write_checkpoint(folder, tensors, asdict(self.at), self.identity))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of a checkpoint; of those that lie in pieces only the first process keeps the whole."""
         own = {} if self.average is None else self.average.own
-        tensors = {f"model/{name}": tensor for name, tensor in (self._moving() | own).items()}
+        tensors = {f"model/{name}": tensor for name, tensor in (moving_tensors(self.bare) | own).items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best.items()}
         if self.average is not None:
             tensors |= {f"average/{name}": tensor for name, tensor in self.average.values.items()}
@@ -366,8 +370,10 @@ class _Run:
             tensors |= {f"optimizer/{key}/{self.names[id(parameter)]}": value for key, value in known.items()}
         if self.drift is not None and self.drift.reference is not None:
             tensors["drift/reference"] = self.drift.reference
-        self.at.health = self.health.state()
-        write_checkpoint(self.folder, tensors, asdict(self.at), self.identity)
+        if not self.in_pieces:
+            return tensors
+        whole = ((name, put_together(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.cpu() for name, tensor in whole if self.rank == 0}
 
     def resume(self) -> None:
         """Go on from the checkpoint in the folder, if there is one."""
@@ -391,12 +397,14 @@ class _Run:
             if part == "best":
                 self.best[rest] = tensor.clone()
             elif part == "average" and self.average is not None:
-                self.average.values[rest].copy_(tensor)
+                copy_values(self.average.values[rest], tensor)
             elif part == "optimizer":
                 key, _, parameter_name = rest.partition("/")
                 parameter = parameters[parameter_name]
                 self.optimizer.state[parameter][key] = _laid_out_like(parameter, tensor)
-        _copy_into(self._moving(), {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("model/")})
+        _copy_into(
+            moving_tensors(self.bare), {n.partition("/")[2]: t for n, t in tensors.items() if n.startswith("model/")}
+        )
 
     def _found_checkpoint(self, folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint that the first process finds; it also clears away what is damaged."""
@@ -429,9 +437,9 @@ class _Run:
 
     def restore_best(self) -> None:
         """Put the best weights into the model, and leave it ready for prediction."""
-        _copy_into(self._moving(), self.best)
+        _copy_into(moving_tensors(self.given), self.best)
         self.optimizer.zero_grad(set_to_none=True)
-        self.bare.eval()
+        self.given.eval()
 
     def outcome(self) -> TrainingOutcome:
         """The summary of the run so far."""
@@ -449,7 +457,15 @@ class _Run:
 
     def _predict(self, batches: Iterable[Any], between: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
         device, rank, processes = self.accelerator.device, self.rank, self.processes
-        return predict(self.bare, batches, device=device, rank=rank, processes=processes, between=between)
+        return predict(
+            self.bare, batches, device=device, rank=rank, processes=processes, together=self.in_pieces, between=between
+        )
+
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Within the block gradients stay with their process, to be summed with the next."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return self.accelerator.no_sync(self.model)
 
     def _drift_watched(self) -> AbstractContextManager[None]:
         if self.drift is None:
@@ -483,7 +499,7 @@ class _Run:
         if scaler is not None:
             scaler.unscale_(self.optimizer)
         if self.recipe.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.trainable, self.recipe.clip_norm)
+            norm = put_together(nn.utils.clip_grad_norm_(self.trainable, self.recipe.clip_norm))
             if scaler is None:
                 self._check_finite(norm.item(), "gradient norm", examples)
         if scaler is not None:
@@ -510,7 +526,8 @@ class _Run:
                 return "the inputs of this batch contain NaN or infinity; look at the data and its preprocessing."
             if labels.is_floating_point() and not bool(torch.isfinite(labels).all()):
                 return "the labels of this batch contain NaN or infinity; look at the label column."
-        damaged = next((n for n, p in self.bare.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        parameters = self.bare.named_parameters()
+        damaged = next((n for n, p in parameters if not bool(torch.isfinite(own_piece(p)).all())), None)
         if damaged is not None and self.at.steps == 0:
             return f"the parameter {damaged} was not finite before training; load or initialise it again."
         if self.at.precision == "fp16":
@@ -524,27 +541,38 @@ class _Run:
             for buffer in self.bare.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def _moving(self) -> dict[str, Tensor]:
-        """What training changes: trainable parameters, and buffers outside the frozen part."""
-        fixed = {name for name, _ in frozen_tensors(self.bare)}
-        named = {name: parameter.data for name, parameter in self.bare.named_parameters()}
-        named |= dict(self.bare.named_buffers())
-        return {name: tensor for name, tensor in named.items() if name not in fixed}
-
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be of this run."""
-        shapes = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in self._moving().items()}
+        shapes = {name: [*tensor.shape, str(tensor.dtype)] for name, tensor in moving_tensors(self.given).items()}
         return {
             **asdict(self.recipe),
             "task": self.task,
-            "model": type(self.bare).__name__,
+            "model": type(self.given).__name__,
             "trainable tensors": shapes,
-            "frozen part": frozen_digest(self.bare),
+            "frozen part": frozen_digest(self.given),
             "training data": _data_identity(self.train),
             "validation data": _data_identity(self.validation),
             "precision in use": self.at.precision,
             "processes": self.processes,
         }
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    return param_groups(
+        model,
+        lr=recipe.lr,
+        backbone_lr=recipe.backbone_lr,
+        layer_decay=recipe.layer_decay,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def moving_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trainable parameters, and buffers outside the frozen part."""
+    fixed = {name for name, _ in frozen_tensors(model)}
+    named = {name: parameter.data for name, parameter in model.named_parameters()}
+    named |= dict(model.named_buffers())
+    return {name: tensor for name, tensor in named.items() if name not in fixed}
 
 
 def _accelerator(precision: str, cpu: bool | None) -> Accelerator:
@@ -560,6 +588,7 @@ def _accelerator(precision: str, cpu: bool | None) -> Accelerator:
     # A model may have parameters that its loss does not reach, such as an unused pooler.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision=mixed, cpu=bool(cpu), kwargs_handlers=[unused])
+    check_sharding(accelerator)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise TrainingError("precision=fp16 needs a GPU, and this run is on the CPU. Use precision=fp32 or bf16.")
     return accelerator
@@ -567,13 +596,24 @@ def _accelerator(precision: str, cpu: bool | None) -> Accelerator:
 
 @contextmanager
 def _prepared(accelerator: Accelerator, model: nn.Module, channels_last: bool) -> Iterator[nn.Module]:
-    """The model on its device, in its memory layout, wrapped for precision and processes; all but the device undone."""
+    """The model on its device, in its memory layout, wrapped for precision and processes; all but the device undone.
+
+    Under FSDP it is a copy in pieces; of a bare head, which is not worth cutting, each process has the whole.
+    """
     bare = unwrap(model)
+    if accelerator.is_fsdp2:
+        if has_record(bare):
+            yield in_pieces(accelerator, bare)
+        else:
+            yield nn.parallel.DistributedDataParallel(bare.to(accelerator.device))
+        bare.to(accelerator.device)
+        return
     own_forward = vars(bare).get("forward")
     if channels_last:
         bare.to(memory_format=torch.channels_last)
+    reduced = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), depthwise_in_float32(bare) if reduced else nullcontext():
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             yield accelerator.prepare_model(model)
     finally:
@@ -649,13 +689,12 @@ def _laid_out_like(parameter: Tensor, values: Tensor) -> Tensor:
     """Optimizer state in the memory layout of its parameter: fused kernels walk through both side by side."""
     if values.shape != parameter.shape:
         return values.clone()
-    return torch.empty_like(parameter, dtype=values.dtype, requires_grad=False).copy_(values)
+    return copy_values(torch.empty_like(parameter, dtype=values.dtype, requires_grad=False), values)
 
 
-@torch.no_grad()
 def _copy_into(targets: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, value in values.items():
-        targets[name].copy_(value)
+        copy_values(targets[name], value)
 
 
 def _data_identity(data: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from headinit.errors import TrainingError
+from headinit.training.sharding import put_together
 
 LEAST_CHANCE = math.log(2)
 """The loss of chance of two classes, the least there is. A first loss above it counts instead."""
@@ -128,7 +129,7 @@ class Health:
         return max(self.first_loss or 0.0, LEAST_CHANCE)
 
     def _dead_head(self) -> str:
-        zero = [self.names[id(p)] for p in self.head if not bool(p.detach().any())]
+        zero = [self.names[id(p)] for p in self.head if not bool(put_together(p.detach()).any())]
         cause = (
             f"{', '.join(zero)} {'is' if len(zero) == 1 else 'are'} all zero, and what follows lets no gradient through"
             if zero
@@ -145,7 +146,7 @@ _STATE = ("first_loss", "steps_too_high", "without_head_gradient", "without_back
 
 
 def _any_gradient(parameters: Iterable[nn.Parameter]) -> bool:
-    return any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+    return any(p.grad is not None and bool(put_together(p.grad).any()) for p in parameters)
 
 
 def _no_better_than_a_constant(task: str, outputs: Tensor, labels: Tensor) -> bool:

@@ -16,6 +16,7 @@ from headinit.errors import TrainingError
 from headinit.heads.record import unwrap
 from headinit.seeding import derived_seed, global_generators_kept
 from headinit.training.finetune import _Run as Run
+from headinit.training.finetune import moving_tensors
 from headinit.training.recipe import Recipe
 
 LOWEST, HIGHEST, STEPS = 1e-7, 10.0, 100
@@ -77,7 +78,7 @@ def find_learning_rate(
     with ExitStack() as stack:
         run = Run(model, train, [], own, task, metrics_for(task), folder=None, cpu=cpu, stack=stack, drift=None)
         stack.enter_context(_put_back(run, unwrap(model)))
-        for rate, loss in _sweep(run, recipe, model):
+        for rate, loss in _sweep(run, recipe):
             rates.append(rate)
             losses.append(loss)
             if loss > DIVERGED * min(losses):
@@ -111,13 +112,13 @@ def valley(losses: Sequence[float]) -> int:
     return start + int(third) + int(third / 2)
 
 
-def _sweep(run: Run, recipe: Recipe, model: nn.Module) -> Iterator[tuple[float, float]]:
+def _sweep(run: Run, recipe: Recipe) -> Iterator[tuple[float, float]]:
     """Pairs of rate and smoothed loss."""
     shares = [group["initial_lr"] for group in run.optimizer.param_groups]
     growth = (HIGHEST / LOWEST) ** (1 / (STEPS - 1))
     mean = 0.0
     while run.at.steps < STEPS:
-        model.train()
+        run.model.train()
         for batches in run.remaining_steps():
             step = run.at.steps
             rate = LOWEST * growth**step
@@ -143,12 +144,12 @@ def _sweep(run: Run, recipe: Recipe, model: nn.Module) -> Iterator[tuple[float, 
 def _put_back(run: Run, model: nn.Module) -> Iterator[None]:
     """Undo what training changes."""
     modes = [(module, module.training) for module in model.modules()]
-    before = {name: tensor.clone() for name, tensor in run._moving().items()}
+    before = {name: tensor.clone() for name, tensor in moving_tensors(model).items()}
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, tensor in run._moving().items():
+            for name, tensor in moving_tensors(model).items():
                 tensor.copy_(before[name])
         run.optimizer.zero_grad(set_to_none=True)
         for module, mode in modes:

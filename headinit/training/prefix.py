@@ -269,7 +269,7 @@ def cached_prefix(
     prefix = find_prefix(model, inputs)
     if prefix is None:
         return None
-    needed = _bytes_needed(prefix, inputs, len(first.index), data.values())
+    needed = _bytes_needed(prefix, inputs, data.values())
     if needed > budget:
         logger.info("Activations of the frozen part need %.1f GB, more than prefix_cache_gb.", needed / 1e9)
         return None
@@ -532,9 +532,10 @@ def _placed(inputs: Any, *, device: torch.device, channels_last: bool) -> Any:
     return inputs.contiguous(memory_format=torch.channels_last) if channels_last and inputs.ndim == 4 else inputs
 
 
-def _bytes_needed(prefix: FrozenPrefix, inputs: Any, rows: int, data: Iterable[Any]) -> int:
-    per_batch = sum(tensor.numel() * tensor.element_size() for tensor in prefix.activations(prefix.model, inputs))
-    return sum(per_batch // rows * _examples(batches) for batches in data)
+def _bytes_needed(prefix: FrozenPrefix, inputs: Any, data: Iterable[Any]) -> int:
+    few = prefix.activations(prefix.model, _head_of(inputs, _ROWS))
+    per_example = sum(tensor.numel() * tensor.element_size() for tensor in few) // _ROWS
+    return sum(per_example * _examples(batches) for batches in data)
 
 
 def _examples(batches: Any) -> int:

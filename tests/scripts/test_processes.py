@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import headinit
 from headinit.errors import TrainingError
 from headinit.processes import join_processes
 
@@ -33,6 +34,14 @@ RUN = (
     "data=imagefolder",
 )
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "PYTHONPATH": str(ROOT),
+}
+
 
 def launched(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -50,7 +59,7 @@ def launched(command: list[str], cwd: Path, **environment: str) -> subprocess.Co
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, picture_folder: Path) -> None:
     """Features in shares, a scheme computed from them, training, evaluation, one result; and found again."""
     run = [SCRIPT, *RUN, f"data.root={picture_folder}"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *run, "trainer.batch_size=8"]
+    torchrun = [*TORCHRUN, *run, "trainer.batch_size=8"]
     two = launched(torchrun, tmp_path)
     assert two.returncode == 0, two.stderr[-3000:]
     assert two.stdout.count("best epoch") == 1  # only the first process prints
@@ -78,8 +87,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, picture_
 @pytest.mark.slow
 @pytest.mark.parametrize("phases", ["lp_ft", "gradual"])
 def test_phases_on_two_processes_equal_one_with_the_doubled_batch(phases: str) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = launched([*torchrun, "-m", "tests.training.two_processes", "8", phases], ROOT)
+    done = launched([*TORCHRUN, "-m", "tests.training.two_processes", "8", phases], ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same(json.loads(done.stdout.split("RESULT")[1].splitlines()[0]), *train(16, phases))
 
@@ -114,8 +122,76 @@ def test_accelerate_launch_and_sigterm_to_one_process(tmp_path: Path) -> None:
     assert_same(told[0], *train(16))
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_models_in_pieces_are_refused_with_what_to_do(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(TrainingError, match=r"whole models only\. Use its MULTI_GPU or MULTI_CPU"):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("freeze=none", "trainer.accumulation=2", "trainer.clip_norm=0.5"),
+        ("freeze=stages", "freeze.stages=2", "trainer.ema=0.9", "optim=sgd"),
+        ("freeze=lp_ft",),
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_a_model_in_pieces_equals_a_whole_one(tmp_path: Path, picture_folder: Path, settings: tuple[str, ...]) -> None:
+    """FSDP through accelerate's configuration: curves, test scores and the saved model of a whole one."""
+    run = [SCRIPT, *RUN, f"data.root={picture_folder}", *settings]
+    cut = {**FSDP, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}
+    pieces = launched([*TORCHRUN, "-m", "tests.training.in_pieces", *run, "trainer.batch_size=8"], tmp_path, **cut)
+    assert pieces.returncode == 0, pieces.stderr[-3000:]
+    whole = launched([*run, "trainer.batch_size=16"], tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    (folder,) = tmp_path.glob("outputs/*-2_processes")
+    (other,) = (path.parent for path in tmp_path.glob("outputs/*/result.json") if path.parent != folder)
+    theirs, ours = (json.loads((path / "result.json").read_text()) for path in (folder, other))
+    assert theirs["best_epoch"] == ours["best_epoch"]
+    assert theirs["test"]["nll"] == pytest.approx(ours["test"]["nll"], rel=1e-3)
+    assert theirs["frozen_digest"]["before"] == theirs["frozen_digest"]["after"] == ours["frozen_digest"]["after"]
+    rows = [[json.loads(line) for line in (path / "metrics.jsonl").open()] for path in (folder, other)]
+    for row, expected in zip(*rows, strict=True):
+        assert [row[key] or 0 for key in ("train_loss", "nll")] == [
+            pytest.approx(expected[key] or 0, rel=1e-3) for key in ("train_loss", "nll")
+        ]
+    saved = [headinit.load(path / "model").state_dict() for path in (folder, other)]
+    torch.testing.assert_close(saved[0], saved[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_in_pieces_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    command = [*TORCHRUN, "-m", "tests.training.in_pieces", "tests.training.two_processes", "8"]
+    cut = {**FSDP, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "10"}
+    whole = launched(command, ROOT, **cut)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    cut["HEADINIT_TEST_FOLDER"] = str(tmp_path / "run")
+    stopped = launched(command, ROOT, HEADINIT_TEST_STOP="1", **cut)
+    assert stopped.returncode != 0
+    assert "RESULT" not in stopped.stdout
+    resumed = launched(command, ROOT, **cut)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    told = [json.loads(done.stdout.split("RESULT")[1].splitlines()[0]) for done in (whole, resumed)]
+    assert told[0] == told[1]
+    assert_same(told[0], *train(16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "modules", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, ["tests.training.in_pieces", "tests.training.two_processes"], "first version of FSDP"),
+        (
+            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            ["tests.training.in_pieces", "tests.training.two_processes"],
+            "Leave fsdp_activation_checkpointing out",
+        ),
+        ({}, ["tests.training.two_processes"], "for GPUs only, and these are 2 processes on cpu"),
+    ],
+)
+def test_fsdp_that_would_not_be_done_is_refused(settings: dict[str, str], modules: list[str], message: str) -> None:
+    done = launched([*TORCHRUN, "-m", *modules, "8"], ROOT, **{**FSDP, **settings})
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_other_ways_to_cut_a_model_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(TrainingError, match=r"configured for DeepSpeed.*fsdp_version: 2"):
         join_processes()
