@@ -20,6 +20,7 @@ from headinit.heads.record import (
     HeadRecord,
     PretrainedHeads,
     has_record,
+    is_adapted,
     keep_pretrained_heads,
     pretrained_heads,
     record_of,
@@ -105,6 +106,7 @@ def attach_head(
     scheme = _scheme_of(init, init_options)
     options, hidden = _split_head_options(head, head_options)
     start = _resolve(model, weights, pretrained, load_options)
+    _refuse_adapted(start.model)
     if any(tensor.is_meta for tensor in start.model.parameters()):
         raise HeadError("The model is on the meta device: it has no values to keep. Load its weights first.")
     with undone_on_error() as undo:
@@ -169,7 +171,7 @@ def init_head(
         The same model.
 
     Raises:
-        HeadError: the model has no head.
+        HeadError: the model has no head, or PEFT has wrapped it.
         SchemeError: the scheme is unknown or does not suit; the head is as it was.
 
     Example:
@@ -178,6 +180,7 @@ def init_head(
         0.0
     """
     root = unwrap(model)
+    _refuse_adapted(root)
     scheme = _scheme_of(init, init_options)
     before = record_of(root) if has_record(root) else None
     sites = find_head(root)
@@ -220,6 +223,15 @@ def init_head(
     for note in started.notes:
         warnings.warn(note, UserWarning, stacklevel=2)
     return model
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    if is_adapted(model):
+        raise HeadError(
+            f"PEFT has wrapped the model ({type(model).__name__}), and trains a copy of the head that was there. Call "
+            "attach_head or init_head first, then get_peft_model(model, LoraConfig(..., "
+            "modules_to_save=list(record_of(model).new_modules)))."
+        )
 
 
 def rebuild_heads(model: nn.Module, record: HeadRecord) -> nn.Module:

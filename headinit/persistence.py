@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from headinit.errors import CheckpointError, HeadInitError
 from headinit.heads.locate import library_of
 from headinit.heads.pooled import HeadedBackbone
-from headinit.heads.record import HeadRecord, HeadSite, record_of, set_record, unwrap
+from headinit.heads.record import HeadRecord, HeadSite, is_adapted, record_of, set_record, unwrap
 
 FORMAT = 1
 MANIFEST = "headinit.json"
@@ -63,7 +63,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, preprocessing: Any = No
     """
     root, target = unwrap(model), Path(folder)
     record = record_of(root)
-    if type(root).__module__.startswith("peft."):
+    if is_adapted(root):
         raise CheckpointError(
             "The model is inside PEFT's adapters, which headinit.load cannot build again: save "
             "model.merge_and_unload(), or keep the adapters with the model's own save_pretrained."

@@ -90,6 +90,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def is_adapted(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped the model, and put copies of its own in the place of new modules."""
+    return type(unwrap(model)).__module__.startswith("peft.")
+
+
 def has_record(model: nn.Module) -> bool:
     """Whether headinit attached a head to this model."""
     return hasattr(unwrap(model), _ATTRIBUTE)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import headinit
-from headinit.errors import CheckpointError, TrainingError
+from headinit.errors import CheckpointError, HeadError, TrainingError
 from headinit.heads.record import record_of
 from headinit.training.freezing import frozen_digest
 from tests.heads.models import tiny
@@ -152,7 +152,7 @@ def test_adapters_leave_the_frozen_part_in_evaluation_mode() -> None:
     assert any(module.training for name, module in adapted.named_modules() if "lora_dropout" in name)
 
 
-def test_freezing_and_saving_around_adapters_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_done_around_adapters_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
     model = headinit.freeze(headinit.attach_head(language(), 3), "all")
     new = list(record_of(model).new_modules)
@@ -163,6 +163,11 @@ def test_freezing_and_saving_around_adapters_are_refused(tmp_path: Path) -> None
         with pytest.raises(TrainingError, match=r"PEFT's adapters .* first, then get_peft_model"):
             headinit.freeze(wrapped, "none")
     assert [name for name, p in adapted.named_parameters() if p.requires_grad] == trains
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    for change in (lambda: headinit.init_head(adapted, "zeros"), lambda: headinit.attach_head(adapted, 4)):
+        with pytest.raises(HeadError, match=r"first, then get_peft_model"):
+            change()
+    assert all(torch.equal(before[name], tensor) for name, tensor in adapted.state_dict().items())
     with pytest.raises(CheckpointError, match="merge_and_unload"):
         headinit.save(adapted, tmp_path / "model")
     assert not list(tmp_path.iterdir())
