@@ -38,6 +38,7 @@ from headinit.training.checkpoint import (
 )
 from headinit.training.compiling import Compiled
 from headinit.training.compiling import pays as compiling_pays
+from headinit.training.depthwise import fast_depthwise_gradients
 from headinit.training.drift import DriftWatch
 from headinit.training.evaluation import predict
 from headinit.training.freezing import frozen_digest, frozen_tensors
@@ -45,7 +46,7 @@ from headinit.training.health import Health
 from headinit.training.losses import TASKS, count_targets, split_batch, summed_loss, training_outputs
 from headinit.training.mixup import mix
 from headinit.training.param_groups import param_groups
-from headinit.training.precision import chosen_precision, depthwise_in_float32
+from headinit.training.precision import chosen_precision
 from headinit.training.prefix import CachedInputs, cached_prefix, supplied
 from headinit.training.recipe import Recipe
 from headinit.training.sharding import check_sharding, copy_values, in_pieces, let_go, own_piece, put_together
@@ -613,7 +614,7 @@ def _prepared(accelerator: Accelerator, model: nn.Module, channels_last: bool) -
         bare.to(memory_format=torch.channels_last)
     reduced = accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu"
     try:
-        with warnings.catch_warnings(), depthwise_in_float32(bare) if reduced else nullcontext():
+        with warnings.catch_warnings(), fast_depthwise_gradients(bare) if reduced else nullcontext():
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             yield accelerator.prepare_model(model)
     finally:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +11,10 @@ from torch import Tensor, nn
 from headinit.heads.record import call_model, has_record, record_of
 from headinit.training.losses import split_batch
 
-TOLERANCE = 0.01
-"""Greatest relative error of the features at which bfloat16 counts as safe. ResNet-50 on noise is at 0.5 %;
-EfficientNet-Lite0 on 8 x 8 digits at 29 %."""
+TOLERANCE = 0.05
+"""Greatest relative error of the features at which bfloat16 counts as safe. MiniLM is at 0.6 %, ResNet-50 on noise at
+0.5 %. EfficientNet-Lite0 is at 2 % on photographs of insects and at 6 % on satellite tiles; fine-tuned in bfloat16, it
+went through the accuracies (within 2 points) and losses (within 0.02) that the same seeds had in float32."""
 
 
 SAMPLE = 8
@@ -41,42 +40,7 @@ def chosen_precision(asked: str, model: nn.Module, batches: Iterable[Any], *, cp
         return "fp32"
     inputs, _ = split_batch(next(iter(batches)))
     sample = {n: v[:SAMPLE] for n, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[:SAMPLE]
-    with depthwise_in_float32(model):
-        error = bfloat16_error(model, sample, "cpu" if cpu else None)
-    return "bf16" if error <= TOLERANCE else "fp32"
-
-
-@contextmanager
-def depthwise_in_float32(model: nn.Module) -> Iterator[None]:
-    """Within the block depthwise convolutions on a CPU compute in float32 also under bfloat16 autocast.
-
-    There oneDNN has no fast bfloat16 gradient of them: a step of EfficientNet-Lite0 takes longer in bfloat16 than in
-    float32, and two thirds of it so. What they take and give is bfloat16 as before.
-
-    Example:
-        >>> model = nn.Conv2d(4, 4, 3, groups=4)
-        >>> with depthwise_in_float32(model), torch.autocast("cpu", torch.bfloat16):
-        ...     model(torch.randn(1, 4, 3, 3, dtype=torch.bfloat16)).dtype
-        torch.bfloat16
-    """
-    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
-    own = [vars(module).get("forward") for module in depthwise]
-    for module in depthwise:
-        vars(module)["forward"] = partial(_in_float32, module.forward)
-    try:
-        yield
-    finally:
-        for module, forward in zip(depthwise, own, strict=True):
-            vars(module).pop("forward")
-            if forward is not None:
-                vars(module)["forward"] = forward
-
-
-def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    if inputs.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        return forward(inputs)
-    with torch.autocast("cpu", enabled=False):
-        return forward(inputs.float()).to(torch.get_autocast_dtype("cpu"))
+    return "bf16" if bfloat16_error(model, sample, "cpu" if cpu else None) <= TOLERANCE else "fp32"
 
 
 def bfloat16_error(model: nn.Module, inputs: Any, device: str | None = None) -> float:

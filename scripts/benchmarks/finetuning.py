@@ -272,22 +272,25 @@ def tutorial_run(bench: Bench, name: str, model: nn.Module, split: Split) -> tup
 def measure_prefix(bench: Bench) -> None:
     """The last stage trains, all before it is frozen: computed once or in every epoch."""
     name, epochs = bench.size.backbones[0], bench.size.prefix_epochs
-    split = tuning_pictures(bench, bench.size.prefix_pictures)
+    count = bench.size.prefix_pictures
+    pictures = tuning_pictures(bench, count + bench.size.prefix_validation)
+    splits = pictures.select(range(count)), pictures.select(range(count, len(pictures)))
     model = freeze(picture_model(bench, name), 1)
-    found = {budget: prefix_run(bench, name, copy.deepcopy(model), split, budget) for budget in (None, 8.0)}
+    found = {budget: prefix_run(bench, name, copy.deepcopy(model), splits, budget) for budget in (None, 8.0)}
     (plain, expected), (cached, outcome) = found[None], found[8.0]
-    note = f"{len(split)} pictures, {epochs} epochs, last stage and head train"
+    note = f"{count} pictures, {len(splits[1])} to validate on, {epochs} epochs, last stage and head train"
     bench.add_gain(f"{name}: over computing the frozen part in every epoch", cached, plain, note, 3.0)
     curves = [[row["train_loss"] for row in run.history[1:]] for run in (outcome, expected)]
     difference = max(abs(a / b - 1) for a, b in zip(*curves, strict=True))
     bench.add(f"{name}: greatest difference of the epochs' losses", difference, "", limit=1e-2)
 
 
-def prefix_run(bench: Bench, name: str, model: nn.Module, split: Split, gigabytes: float | None) -> tuple[float, Any]:
+def prefix_run(
+    bench: Bench, name: str, model: nn.Module, splits: tuple[Split, Split], gigabytes: float | None
+) -> tuple[float, Any]:
     """Seconds and outcome of a run whose frozen part is kept within this budget."""
-    train = batches_of(bench, name, split, shuffle_seed=0)
-    few = batches_of(bench, name, first_examples(split, 2))
+    train, validation = batches_of(bench, name, splits[0], shuffle_seed=0), batches_of(bench, name, splits[1])
     recipe = replace(PICTURES, epochs=bench.size.prefix_epochs)
     with timed() as seconds:
-        outcome = finetune(model, train, few, recipe, cpu=True, prefix_cache_gb=gigabytes)
+        outcome = finetune(model, train, validation, recipe, cpu=True, prefix_cache_gb=gigabytes)
     return seconds[0], outcome

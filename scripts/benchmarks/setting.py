@@ -35,7 +35,7 @@ class Size:
         sentences: of the text that features are extracted from.
         peer_epochs: epochs that the loops over the whole network run with a frozen backbone.
         tuning_texts, tuning_pictures: examples of the fine-tuning runs, one epoch each.
-        prefix_pictures, prefix_epochs: of the run with a cached prefix.
+        prefix_pictures, prefix_validation, prefix_epochs: of the run with a cached prefix; those of hymenoptera.
         memory_pictures, memory_steps: of the runs whose memory is measured.
         rounds: how often short measurements are repeated, in turns.
         claims: whether the limits are checked.
@@ -53,6 +53,7 @@ class Size:
     tuning_texts: int
     tuning_pictures: int
     prefix_pictures: int
+    prefix_validation: int
     prefix_epochs: int
     memory_pictures: int
     memory_steps: int
@@ -74,12 +75,12 @@ SIZES = {
     "small": Size(
         pictures=120, image_size=64, backbones=("resnet18",), inits=("he", "zeros", "ridge"), rates=(1e-3, 1e-2),
         seeds=2, epochs=3, sentences=60, peer_epochs=1, tuning_texts=64, tuning_pictures=64, prefix_pictures=64,
-        prefix_epochs=2, memory_pictures=64, memory_steps=2, rounds=1, claims=False,
+        prefix_validation=16, prefix_epochs=2, memory_pictures=64, memory_steps=2, rounds=1, claims=False,
     ),
     "full": Size(
         pictures=1797, image_size=None, backbones=("resnet50", "efficientnet_lite0"), inits=INITS, rates=RATES,
-        seeds=5, epochs=20, sentences=2400, peer_epochs=1, tuning_texts=960, tuning_pictures=224, prefix_pictures=160,
-        prefix_epochs=10, memory_pictures=640, memory_steps=4, rounds=5, claims=True,
+        seeds=5, epochs=20, sentences=2400, peer_epochs=1, tuning_texts=960, tuning_pictures=224, prefix_pictures=244,
+        prefix_validation=153, prefix_epochs=10, memory_pictures=640, memory_steps=4, rounds=5, claims=True,
     ),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from headinit.training.evaluation import evaluate, predict
 from headinit.training.finetune import finetune
 from headinit.training.freezing import freeze, frozen_digest
 from headinit.training.losses import summed_loss
-from headinit.training.precision import bfloat16_error, chosen_precision, depthwise_in_float32
+from headinit.training.precision import bfloat16_error, chosen_precision
 from headinit.training.recipe import Recipe
 
 from .models import NormZoo, bert_inputs, record_head, tiny_bert, tiny_timm, torchvision_model
@@ -400,40 +400,6 @@ def test_auto_precision_looks_at_the_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen_precision("auto", fragile, batches) == "fp32"
     monkeypatch.setattr("headinit.training.precision._is_fast", lambda cpu: False)
     assert chosen_precision("auto", nn.Linear(64, 8), batches) == "fp32"
-
-
-def test_depthwise_convolutions_compute_in_float32() -> None:
-    """Under bfloat16 they give the float32 result, rounded; other convolutions and the model's own forward are left."""
-    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2))
-    model[2].forward = model[2].forward  # an own forward must be there afterwards
-    own = vars(model[2])["forward"]
-    x = torch.randn(2, 4, 9, 9).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16):
-        reduced = model[0](x)
-        everywhere = model(x)
-    with depthwise_in_float32(model), torch.autocast("cpu", torch.bfloat16):
-        found, rest = model[1](reduced), model(x)
-    expected = nn.functional.conv2d(reduced.float(), model[1].weight, model[1].bias, groups=8)
-    assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected.bfloat16())
-    torch.testing.assert_close(rest, everywhere, rtol=0.05, atol=0.05)
-    found.float().sum().backward()
-    assert model[1].weight.grad.dtype == torch.float32
-    assert "forward" not in vars(model[1])
-    assert vars(model[2])["forward"] is own
-    with depthwise_in_float32(model):
-        assert torch.equal(model[1](reduced.float()), expected)  # without autocast nothing changes
-
-
-def test_bfloat16_runs_of_depthwise_networks_take_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    monkeypatch.setattr("headinit.training.precision._in_float32", lambda forward, x: (taken.append(1), forward(x))[1])
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(4, 3))
-    batch = [(torch.randn(8, 4, 3, 3), torch.arange(8) % 3)]
-    for precision, expected in (("fp32", 0), ("bf16", 3)):  # a step and two evaluations
-        finetune(model, batch, batch, Recipe(epochs=1, precision=precision), cpu=True)
-        assert len(taken) == expected
-    assert "forward" not in vars(model[0])
 
 
 def test_the_bar_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
