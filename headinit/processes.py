@@ -29,20 +29,14 @@ def join_processes() -> None:
     """Connect with the other processes that a launcher has started, if there are any; a second call does nothing.
 
     Raises:
-        TrainingError: the launcher is set to DeepSpeed, Megatron-LM or another way that no loop here supports.
+        TrainingError: the launcher is set to DeepSpeed, Megatron-LM or another way that no loop here supports, to FSDP
+            of its first version or to FSDP with activation checkpointing.
 
     Example:
         >>> join_processes(), process_index(), process_count()
         (None, 0, 1)
     """
-    for variable, name in _UNSUPPORTED.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
-            raise TrainingError(
-                f"accelerate is configured for {name}, and headinit trains whole models (MULTI_GPU or MULTI_CPU, which "
-                "is DDP) or models that FSDP cuts (fsdp_version: 2). Use one of these, with trainer.precision=bf16, a "
-                "smaller trainer.batch_size with trainer.accumulation, or a freeze policy where memory is short; or "
-                "give the model of attach_head to a trainer that supports it (docs/clusters.md)."
-            )
+    _refuse_unsupported()
     if launched_processes() == 1 or _connected():
         return
     import torch
@@ -52,6 +46,31 @@ def join_processes() -> None:
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "1"  # or accelerate takes the processes for strangers
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _refuse_unsupported() -> None:
+    def asks(variable: str) -> bool:
+        return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+    for variable, name in _UNSUPPORTED.items():
+        if asks(variable):
+            raise TrainingError(
+                f"accelerate is configured for {name}, and headinit trains whole models (MULTI_GPU or MULTI_CPU, which "
+                "is DDP) or models that FSDP cuts (fsdp_version: 2). Use one of these, with trainer.precision=bf16, a "
+                "smaller trainer.batch_size with trainer.accumulation, or a freeze policy where memory is short; or "
+                "give the model of attach_head to a trainer that supports it (docs/clusters.md)."
+            )
+    if asks("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise TrainingError(
+            "accelerate is configured for the first version of FSDP, and headinit trains with the second: put "
+            "fsdp_version: 2 into its configuration (accelerate launch --fsdp_version 2)."
+        )
+    if asks("ACCELERATE_USE_FSDP") and asks("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise TrainingError(
+            "accelerate is configured for FSDP with activation checkpointing, which renames the parameters. Leave "
+            "fsdp_activation_checkpointing out, and where memory is short use a smaller trainer.batch_size with "
+            "trainer.accumulation."
+        )
 
 
 def leave_processes() -> None:

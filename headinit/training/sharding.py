@@ -22,27 +22,15 @@ def check_sharding(accelerator: Accelerator) -> None:
     """See that a launcher that asks for FSDP gets it.
 
     Raises:
-        TrainingError: it asks for version 1 or activation checkpointing, or accelerate does not cut models here.
+        TrainingError: accelerate does not cut models on this device.
     """
     from accelerate.utils import DistributedType, parse_flag_from_env
 
-    if accelerator.num_processes == 1 or not parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        return
-    if accelerator.distributed_type != DistributedType.FSDP:
+    asked = accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
         raise TrainingError(
             f"accelerate is configured for FSDP, which it has for GPUs only, and these are {accelerator.num_processes} "
             f"processes on {accelerator.device.type} ({accelerator.distributed_type}). Leave FSDP out."
-        )
-    if not accelerator.is_fsdp2:
-        raise TrainingError(
-            "accelerate is configured for the first version of FSDP, and headinit trains with the second: put "
-            "fsdp_version: 2 into its configuration (accelerate launch --fsdp_version 2)."
-        )
-    if accelerator.state.fsdp_plugin.activation_checkpointing:
-        raise TrainingError(
-            "accelerate is configured for FSDP with activation checkpointing, which renames the parameters. "
-            "Leave fsdp_activation_checkpointing out, and where memory is short use a smaller trainer.batch_size with "
-            "trainer.accumulation."
         )
 
 

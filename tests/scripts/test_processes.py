@@ -173,25 +173,28 @@ def test_a_model_in_pieces_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fsdp_that_would_not_be_done_is_refused() -> None:
+    done = launched([*TORCHRUN, "-m", "tests.training.two_processes", "8"], ROOT, **FSDP)
+    assert done.returncode != 0
+    assert "for GPUs only, and these are 2 processes on cpu" in done.stderr
+
+
 @pytest.mark.parametrize(
-    ("settings", "modules", "message"),
+    ("settings", "message"),
     [
-        ({"FSDP_VERSION": "1"}, ["tests.training.in_pieces", "tests.training.two_processes"], "first version of FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"configured for DeepSpeed.*fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"first version of FSDP.*fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "first version of FSDP"),
         (
-            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            ["tests.training.in_pieces", "tests.training.two_processes"],
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
             "Leave fsdp_activation_checkpointing out",
         ),
-        ({}, ["tests.training.two_processes"], "for GPUs only, and these are 2 processes on cpu"),
     ],
 )
-def test_fsdp_that_would_not_be_done_is_refused(settings: dict[str, str], modules: list[str], message: str) -> None:
-    done = launched([*TORCHRUN, "-m", *modules, "8"], ROOT, **{**FSDP, **settings})
-    assert done.returncode != 0
-    assert message in done.stderr
-
-
-def test_other_ways_to_cut_a_model_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(TrainingError, match=r"configured for DeepSpeed.*fsdp_version: 2"):
+def test_other_ways_to_cut_a_model_are_refused_with_what_to_do(
+    settings: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, value in settings.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(TrainingError, match=message):
         join_processes()
