@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from headinit.errors import HeadError, TrainingError, unknown_name
-from headinit.heads.record import has_record, record_of, unwrap
+from headinit.heads.record import has_record, is_adapted, record_of, unwrap
 from headinit.training.depth import parameter_depths
 
 _STATE = "headinit_freeze"
@@ -88,7 +88,7 @@ def freeze(model: nn.Module, policy: str | int | Sequence[str], *, norm: str | N
 
 def _refuse_adapters(model: nn.Module) -> None:
     """PEFT has decided what trains, under names of its own: freezing afterwards would freeze adapters and head."""
-    path = next((path for path, module in model.named_modules() if type(module).__module__.startswith("peft.")), None)
+    path = next((path for path, module in model.named_modules() if is_adapted(module)), None)
     if path is not None:
         raise TrainingError(
             f"Cannot freeze {type(model).__name__}: PEFT's adapters are in it ({path or 'the model itself'}), and PEFT "

@@ -17,7 +17,6 @@ TOLERANCE = 0.05
 (its depthwise convolutions in float32) it was fine-tuned through the accuracies (within 2 points) and losses (within
 0.02) that the same seeds had in float32."""
 
-
 SAMPLE = 8
 """Examples of the first batch on which bfloat16 is checked."""
 

@@ -204,10 +204,8 @@ def measure_pictures(bench: Bench) -> None:
         ours_after, _ = our_run(bench, name, copy.deepcopy(model), split, "fp32")
         plain_after, _ = tutorial_run(bench, name, copy.deepcopy(model), split)
         plain, ours = (plain_before + plain_after) / 2, (ours_before + ours_after) / 2
-        note = (
-            f"{len(split)} pictures, batches of {BATCH}, decoding included; the plain loop {plain_before:.1f} s first "
-        )
-        note += f"and {plain_after:.1f} s last"
+        note = f"{len(split)} pictures, batches of {BATCH}, decoding included"
+        note += f"; the plain loop {plain_before:.1f} s first and {plain_after:.1f} s last"
         twice = f"{note}, ours {ours_before:.1f} and {ours_after:.1f} s between"
         bench.add_gain(f"{name}: over a plain loop, float32", ours, plain, twice, 1.3)
         loss = outcome.history[-1]["train_loss"]
