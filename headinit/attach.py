@@ -141,7 +141,8 @@ def attach_head(
         _check_kept(root, kept)
         tell_model(root, record, undo)
         intended = started.intended | dict.fromkeys(missing)
-        set_record(root, dataclasses.replace(record, intended_std=intended, notes=(*anew_notes, *started.notes)))
+        notes = (*anew_notes, *started.notes)
+        set_record(root, dataclasses.replace(record, intended_std=intended, from_data=started.from_data, notes=notes))
         protect(root, record)
     if start.preprocessing is not None:
         root.headinit_preprocessing = start.preprocessing  # type: ignore[assignment]
@@ -216,7 +217,11 @@ def init_head(
         _check_kept(root, kept)
         intended = {**record.intended_std, **started.intended}
         record = dataclasses.replace(
-            record, intended_std=intended, kept_tensors=len(kept), notes=(*anew_notes, *started.notes)
+            record,
+            intended_std=intended,
+            from_data=started.from_data,
+            kept_tensors=len(kept),
+            notes=(*anew_notes, *started.notes),
         )
         set_record(root, record)
         protect(root, record)

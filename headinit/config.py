@@ -59,6 +59,7 @@ class OptimSettings:
     name: str = "adamw"
     lr: Any = 1e-3
     backbone_lr: float | None = None
+    backbone_share: float | None = None
     layer_decay: float | None = None
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

@@ -384,6 +384,7 @@ def recipe_of(settings: Settings, task: str = "single_label", class_names: tuple
         optimizer=optim.name,
         lr=Recipe.lr if optim.lr == "find" else optim.lr,
         backbone_lr=optim.backbone_lr,
+        backbone_share=optim.backbone_share,
         layer_decay=optim.layer_decay,
         weight_decay=optim.weight_decay,
         betas=tuple(optim.betas),  # type: ignore[arg-type]
@@ -573,7 +574,7 @@ def _train(
         train = CycledBatches(train, settings.trainer.steps_per_epoch * per_step)
     recipe = recipe_of(settings, task.name, task.class_names)
     if not has_record(trained):  # a head on features: there is no backbone whose rate could be set
-        recipe = dataclasses.replace(recipe, backbone_lr=None, layer_decay=None)
+        recipe = recipe.of_head_alone()
     if settings.optim.lr == "find":
         recipe = dataclasses.replace(recipe, lr=_rate_to_take(trained, train, recipe, task, folder))
     options: dict[str, Any] = {
@@ -741,6 +742,7 @@ def _record(
         steps=outcome.steps,
         seconds={phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         samples_per_second=outcome.samples_per_second,
+        rates=outcome.rates,
         parameters={key: frozen[key] for key in ("new", "trainable", "frozen")},
         frozen_digest=digests,
         fingerprints={

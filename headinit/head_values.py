@@ -71,9 +71,10 @@ def fill_missing(
 
 @dataclass
 class Started:
-    """What initialising the heads did: the std intended per parameter, and notes for the user."""
+    """What initialising the heads did: the std intended per parameter, where values are from, notes for the user."""
 
     intended: dict[str, float | None] = field(default_factory=dict)
+    from_data: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -101,6 +102,8 @@ def initialise_heads(root: nn.Module, record: HeadRecord, scheme: Scheme, hidden
         _check_result(root, site, layer, result, path)
         _write(layer.weight, result.weight)
         started.intended[f"{path}.weight"] = result.std
+        # LSUV reads data, but its values are drawn, as are those of a random scheme under a modifier that reads data.
+        started.from_data = result.std is None and innermost(scheme).needs_data
         if getattr(layer, "bias", None) is not None:
             _write(layer.bias, result.bias if result.bias is not None else torch.zeros(site.out_features))
             started.intended[f"{path}.bias"] = result.bias_std

@@ -64,6 +64,7 @@ class RunRecord:
         weights_source: ``"file"``, ``"bundled"``, ``"cache"``, ``"download"`` or ``"random"``.
         class_names: K names in label order.
         history: pairs (step, value of the selecting metric on validation), one per evaluation.
+        rates: peak learning rate of the ``head`` and the ``backbone`` (or ``backbone/<depth>``), in the last phase.
         found_lr: the learning rate that `optim.lr=find` took.
         drift: of the features of some validation examples at the best epoch, where pretrained parameters trained:
             ``feature_drift`` (relative change) and ``feature_cka`` (linear CKA with the pretrained ones).
@@ -89,6 +90,7 @@ class RunRecord:
     weights_source: str = ""
     class_names: Sequence[str] = ()
     history: Sequence[tuple[int, float]] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
     found_lr: float | None = None
     drift: Mapping[str, float | None] | None = None
     status: str = "finished"

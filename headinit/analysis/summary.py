@@ -55,6 +55,8 @@ def _lines(record: RunRecord, folder: Path | None) -> list[tuple[str, str]]:
                 + (f" ({held})" if counts["frozen"] else ""),
             )
         )
+    if record.rates:
+        lines.append(("rates", ", ".join(f"{name} {rate:.3g}" for name, rate in record.rates.items())))
     if record.seconds:
         phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items())
         lines.append(("seconds", f"{phases}; {sum(record.seconds.values()):.1f} in all"))

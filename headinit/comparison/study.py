@@ -338,6 +338,7 @@ def _settings_for(
         "name": recipe.optimizer,
         "lr": recipe.lr,
         "backbone_lr": recipe.backbone_lr,
+        "backbone_share": recipe.backbone_share,
         "layer_decay": recipe.layer_decay,
         "betas": list(recipe.betas),
         "eps": recipe.eps,

@@ -51,6 +51,7 @@ class HeadRecord:
         init: name and options of the scheme, as given.
         seed: seed of the head.
         intended_std: per new parameter, the std the scheme intended (None where the values come from data).
+        from_data: whether the weights of the head were computed from data, so that it predicts before any training.
         pretrained: False if the backbone's weights are random by explicit request.
         task: ``"single_label"``, ``"multi_label"``, ``"regression"`` or ``"token"``.
         class_names: names of the classes in logit order, if known.
@@ -69,6 +70,7 @@ class HeadRecord:
     init: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     intended_std: Mapping[str, float | None] = field(default_factory=dict)
+    from_data: bool = False
     pretrained: bool = True
     task: str = "single_label"
     class_names: tuple[str, ...] | None = None

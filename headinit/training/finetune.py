@@ -71,6 +71,7 @@ class TrainingOutcome:
         samples_per_second: training examples per second of training, evaluation left out.
         stopped_early: whether patience ran out.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``, as trained.
+        rates: peak learning rate of ``"head"`` and ``"backbone"`` (or ``"backbone/<depth>"``), of what trains.
     """
 
     best_epoch: int
@@ -81,6 +82,7 @@ class TrainingOutcome:
     samples_per_second: float
     stopped_early: bool
     precision: str
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -444,7 +446,7 @@ class _Run:
 
     def outcome(self) -> TrainingOutcome:
         """The summary of the run so far."""
-        at = self.at
+        at, groups = self.at, self.optimizer.param_groups
         return TrainingOutcome(
             best_epoch=at.best_epoch,
             best=next(row for row in at.history if row["epoch"] == at.best_epoch),
@@ -454,6 +456,7 @@ class _Run:
             samples_per_second=at.examples / at.train_seconds if at.train_seconds else 0.0,
             stopped_early=at.stopped_early,
             precision=at.precision,
+            rates={group["name"].removesuffix("/no_decay"): group["initial_lr"] for group in groups},
         )
 
     def _predict(self, batches: Iterable[Any], between: Callable[[], None] | None = None) -> tuple[Tensor, Tensor]:
@@ -559,12 +562,14 @@ class _Run:
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    share = recipe.backbone_share
     return param_groups(
         model,
         lr=recipe.lr,
-        backbone_lr=recipe.backbone_lr,
+        backbone_lr=recipe.backbone_lr if share is None else share * recipe.lr,
         layer_decay=recipe.layer_decay,
         weight_decay=recipe.weight_decay,
+        optimizer=recipe.optimizer,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from headinit.errors import ConfigError, TrainingError
-from headinit.heads.record import has_record, record_of, unwrap
+from headinit.heads.record import has_record, is_adapted, record_of, unwrap
 from headinit.training.depth import parameter_depths
 from headinit.training.freezing import is_norm
 
@@ -16,6 +16,11 @@ BACKBONE_SHARE = 0.1
 """Backbone learning rate as a share of the head's where none is given: Long et al. (2015), "Learning Transferable
 Features with Deep Adaptation Networks", train the new classifier at 10 times the rate of the pretrained layers, and
 transfer-learning libraries (TLlib) have kept that ratio."""
+
+FINISHED_START_SHARE = 0.01
+"""The same for AdamW in a network for pictures whose head was computed from data. Adam moves a weight by the rate
+however small its gradient is, so that a tenth takes the features away from a head with little left to learn; SGD does
+not (docs/choosing.md has the measurement)."""
 
 # Raw parameters that are tokens or positions: decaying them pulls the input of every layer towards zero.
 _TOKEN = re.compile(
@@ -34,6 +39,7 @@ def param_groups(
     backbone_lr: float | None = None,
     layer_decay: float | None = None,
     weight_decay: float = 0.0,
+    optimizer: str = "adamw",
 ) -> list[dict[str, Any]]:
     """Groups for any `torch.optim` optimizer, holding every trainable parameter exactly once.
 
@@ -44,9 +50,10 @@ def param_groups(
     Args:
         model: a model with a head attached. Without a record of a head, every parameter counts as head.
         lr: learning rate of the new parameters.
-        backbone_lr: learning rate of the pretrained ones; None for a tenth of `lr`.
+        backbone_lr: learning rate of the pretrained ones; None for the share of `lr` that `backbone_share` says.
         layer_decay: factor in (0, 1] from one block to the one below; None for the same rate everywhere.
         weight_decay: of the parameters that are decayed.
+        optimizer: what the groups are for, ``"adamw"`` or ``"sgd"``; matters where `backbone_lr` is None.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``: ``"head"``, ``"backbone"`` or
@@ -63,7 +70,7 @@ def param_groups(
     """
     bare = unwrap(model)
     _check_rates(bare, lr, backbone_lr, layer_decay, weight_decay)
-    backbone_lr = BACKBONE_SHARE * lr if backbone_lr is None else backbone_lr
+    backbone_lr = backbone_share(bare, optimizer) * lr if backbone_lr is None else backbone_lr
     trainable = [(name, parameter) for name, parameter in bare.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise TrainingError(
@@ -86,6 +93,25 @@ def param_groups(
         entry = groups.setdefault(group, {"params": [], "lr": rate, "weight_decay": decay, "name": group})
         entry["params"].append(parameter)
     return [groups[name] for name in sorted(groups, key=lambda n: (n.startswith("head"), n))]
+
+
+def backbone_share(model: nn.Module, optimizer: str = "adamw") -> float:
+    """The learning rate of pretrained layers, as a share of the head's, where none is given.
+
+    Returns:
+        .1; with AdamW, in a network for pictures (one with two-dimensional convolutions) whose head was computed from
+        data, .01. Adapters that PEFT put into it are not pretrained: they get .1.
+
+    Example:
+        >>> backbone_share(nn.Linear(4, 2))
+        0.1
+    """
+    bare = unwrap(model)
+    if optimizer != "adamw" or is_adapted(bare) or not has_record(bare):
+        return BACKBONE_SHARE
+    finished = record_of(bare).from_data and record_of(bare).pretrained
+    pictures = any(isinstance(module, nn.Conv2d) for module in bare.modules())
+    return FINISHED_START_SHARE if finished and pictures else BACKBONE_SHARE
 
 
 def _check_rates(

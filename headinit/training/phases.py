@@ -22,6 +22,7 @@ from headinit.threads import one_thread_if_small
 from headinit.training.drift import DriftWatch
 from headinit.training.finetune import TrainingOutcome, finetune
 from headinit.training.freezing import freeze
+from headinit.training.param_groups import backbone_share
 from headinit.training.recipe import Recipe
 
 SCHEDULED_POLICIES = ("lp_ft", "gradual")
@@ -30,9 +31,9 @@ SCHEDULED_POLICIES = ("lp_ft", "gradual")
 PROBE_FACTOR = 10.0
 """The probe's learning rate as a multiple of the one at which its head goes on when everything trains."""
 
-LP_FT_BACKBONE_SHARE = 0.05
-"""Backbone learning rate of the second phase of `lp_ft` as a share of the head's where none is given: half of what a
-network in front of a fresh head gets, for a trained head has no large gradients to send into it."""
+LP_FT_BACKBONE_FACTOR = 0.5
+"""Backbone learning rate of the second phase of `lp_ft`, where none is given: half of what it is otherwise, for a
+trained head has no large gradients to send into it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Phase:
         policy: what `freeze` takes.
         epochs: passes over the training data.
         lr, backbone_lr: peak learning rates; None for those of the recipe.
+        backbone_factor: of the backbone's rate where neither the phase nor the recipe gives one.
 
     Example:
         >>> Phase("top", 1, epochs=2).policy
@@ -55,13 +57,14 @@ class Phase:
     epochs: int
     lr: float | None = None
     backbone_lr: float | None = None
+    backbone_factor: float = 1.0
 
 
 def lp_ft_phases(recipe: Recipe, *, probe_epochs: int = 30, probe_lr: float | None = None) -> tuple[Phase, ...]:
     """Linear probing, then fine-tuning (Kumar et al., 2022): the head alone first, then everything.
 
     Args:
-        recipe: of the second phase. Where its `backbone_lr` is None, the backbone trains at a twentieth of `lr`.
+        recipe: of the second phase. Where it gives no rate of the backbone, that is half of what it is otherwise.
         probe_epochs: of the first phase; 0 leaves it out, for a head that starts finished.
         probe_lr: of the first phase; None for ten times `recipe.lr`.
 
@@ -74,10 +77,9 @@ def lp_ft_phases(recipe: Recipe, *, probe_epochs: int = 30, probe_lr: float | No
     """
     _check_whole("probe_epochs", probe_epochs, 0)
     probe_lr = PROBE_FACTOR * recipe.lr if probe_lr is None else probe_lr
-    backbone_lr = LP_FT_BACKBONE_SHARE * recipe.lr if recipe.backbone_lr is None else recipe.backbone_lr
     return (
         Phase("probe", "all", probe_epochs, probe_lr),
-        Phase("everything", "none", recipe.epochs, recipe.lr, backbone_lr),
+        Phase("everything", "none", recipe.epochs, recipe.lr, backbone_factor=LP_FT_BACKBONE_FACTOR),
     )
 
 
@@ -176,12 +178,12 @@ def finetune_in_phases(
     parts: list[tuple[Phase, TrainingOutcome]] = []
     for index, phase in enumerate(chosen):
         freeze(model, phase.policy, norm=norm)
-        own = _recipe_of(recipe, phase, index)
+        own = _recipe_of(recipe, phase, index, model)
         told = None if on_evaluation is None else _renumbered(on_evaluation, phase, parts)
         place = None if folder is None else Path(folder) / f"phase-{index + 1}"
         if features is not None and index == 0 and phase.policy == "all":
             head = model.get_submodule(record_of(model).sites[0].path)
-            own = replace(own, backbone_lr=None, layer_decay=None, mixup=0.0)  # no backbone, and no augmentation
+            own = replace(own.of_head_alone(), mixup=0.0)  # nothing is augmented
             with one_thread_if_small(getattr(features[0], "batch_size", 1) * sum(p.numel() for p in head.parameters())):
                 outcome = finetune(head, *features, own, folder=place, on_evaluation=told, **options)
         else:
@@ -213,13 +215,16 @@ class _Later:
         return batches_from(self._batches, epoch + self._epochs, start, share)
 
 
-def _recipe_of(recipe: Recipe, phase: Phase, index: int) -> Recipe:
+def _recipe_of(recipe: Recipe, phase: Phase, index: int, model: nn.Module) -> Recipe:
     """The recipe of a phase; dropout (and the order of a DataLoader) does not repeat that of the phase before."""
+    if phase.backbone_lr is not None:
+        recipe = replace(recipe, backbone_lr=phase.backbone_lr, backbone_share=None)
+    elif phase.backbone_factor != 1.0 and recipe.backbone_lr is None and recipe.backbone_share is None:
+        recipe = replace(recipe, backbone_share=phase.backbone_factor * backbone_share(model, recipe.optimizer))
     return replace(
         recipe,
         epochs=phase.epochs,
         lr=recipe.lr if phase.lr is None else phase.lr,
-        backbone_lr=recipe.backbone_lr if phase.backbone_lr is None else phase.backbone_lr,
         seed=derived_seed(recipe.seed, f"phase/{index}") if index else recipe.seed,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headinit.analysis.metrics import HIGHER_IS_BETTER
 from headinit.errors import ConfigError, unknown_name
@@ -23,7 +23,8 @@ class Recipe:
         epochs: passes over the training data; 0 only evaluates the start.
         steps: optimizer steps instead of epochs; the last epoch is cut short. None counts epochs.
         lr: peak learning rate of the new parameters (of all, where no head is recorded).
-        backbone_lr: of the pretrained ones; None for a tenth of `lr`.
+        backbone_lr: of the pretrained ones; None for a share of `lr`.
+        backbone_share: that share; None for what suits the start of the head (`param_groups.backbone_share`).
         layer_decay: factor on `backbone_lr` from one block to the one below it; None for none.
         weight_decay: decoupled for ``"adamw"``, in the gradient for ``"sgd"``; never on biases and norms.
         optimizer: ``"adamw"`` (betas, eps) or ``"sgd"`` (momentum, nesterov).
@@ -60,6 +61,7 @@ class Recipe:
     steps: int | None = None
     lr: float = 1e-3
     backbone_lr: float | None = None
+    backbone_share: float | None = None
     layer_decay: float | None = None
     weight_decay: float = 0.01
     optimizer: str = "adamw"
@@ -117,6 +119,15 @@ class Recipe:
             milestones=self.milestones,
         )
 
+    def of_head_alone(self) -> Recipe:
+        """The recipe without what is about a backbone, for a head that trains on features.
+
+        Example:
+            >>> Recipe(backbone_lr=1e-5).of_head_alone().backbone_lr is None
+            True
+        """
+        return replace(self, backbone_lr=None, backbone_share=None, layer_decay=None)
+
     def _unknown_names(self) -> Iterator[str]:
         for setting, known in (
             ("optimizer", OPTIMIZERS),
@@ -134,6 +145,7 @@ class Recipe:
             "steps": (1, math.inf, "a whole number from 1 on, or null to count epochs"),
             "lr": (0.0, math.inf, "a number from 0 on, such as 1e-3"),
             "backbone_lr": (0.0, math.inf, "a number from 0 on, such as 1e-5"),
+            "backbone_share": (0.0, math.inf, "a number from 0 on, such as 0.1"),
             "layer_decay": (math.ulp(0.0), 1.0, "a factor above 0 and up to 1, such as 0.75"),
             "weight_decay": (0.0, math.inf, "a number from 0 on, such as 0.01"),
             "momentum": (0.0, math.nextafter(1.0, 0.0), "a number from 0 to below 1"),
@@ -149,7 +161,7 @@ class Recipe:
             "evaluate_every": (1, math.inf, "a whole number from 1 on"),
             "ema": (0.0, math.nextafter(1.0, 0.0), "a decay from 0 to below 1, such as 0.999, or null for no average"),
         }
-        optional = ("steps", "backbone_lr", "layer_decay", "clip_norm", "patience", "ema")
+        optional = ("steps", "backbone_lr", "backbone_share", "layer_decay", "clip_norm", "patience", "ema")
         for setting, (low, high, advice) in ranges.items():
             value = getattr(self, setting)
             whole = advice.startswith("a whole") and isinstance(value, float)
@@ -164,6 +176,8 @@ class Recipe:
             yield f"milestones={self.milestones!r} must be whole numbers above 0 that rise, such as [200, 300, 400]."
         if self.schedule == "staircase" and not self.milestones:
             yield "schedule=staircase needs milestones, the optimizer steps at which rates fall, such as [200, 300]."
+        if self.backbone_lr is not None and self.backbone_share is not None:
+            yield "backbone_lr and backbone_share both set the rate of the pretrained layers: give one of the two."
         if self.select == "last" and self.patience is not None:
             yield "patience waits for a better epoch and select=last keeps the last one: drop one of the two."
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:

@@ -152,6 +152,17 @@ def test_adapters_leave_the_frozen_part_in_evaluation_mode() -> None:
     assert any(module.training for name, module in adapted.named_modules() if "lora_dropout" in name)
 
 
+def test_adapters_are_new_even_after_a_finished_start() -> None:
+    peft = pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
+    labels = torch.arange(12) % 3
+    data = (torch.randn(12, 3, 8, 8) + labels[:, None, None, None], labels)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    model = headinit.attach_head(network.append(torch.nn.Linear(6, 3)), 3, init="ridge", data=data)
+    assert {group["lr"] for group in headinit.param_groups(model, lr=1.0)} == {1.0, 0.01}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["3"]))
+    assert rates(torch.optim.SGD(headinit.param_groups(adapted, lr=1.0))) == {"backbone": 0.1, "head": 1.0}
+
+
 def test_what_cannot_be_done_around_adapters_is_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra: pip install 'headinit[peft]'")
     model = headinit.freeze(headinit.attach_head(language(), 3), "all")

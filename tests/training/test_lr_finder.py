@@ -114,6 +114,7 @@ def test_a_run_finds_its_rate_once(tmp_path: Path) -> None:
     record = run(settings_from(groups), tmp_path / "a")
     sweep = json.loads((tmp_path / "a" / RATE_FILE).read_text())
     assert record.found_lr == sweep["suggestion"]
+    assert record.rates == {"head": record.found_lr}
     assert (tmp_path / "a" / "lr_finder.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((tmp_path / "a" / "result.json").read_text())["found_lr"] == record.found_lr
     (tmp_path / "b").mkdir()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from headinit import schemes
+from headinit.attach import attach_head, init_head
 from headinit.errors import ConfigError, TrainingError
 from headinit.heads.record import HeadRecord, HeadSite, record_of, set_record
 from headinit.training.freezing import freeze
-from headinit.training.param_groups import param_groups
+from headinit.training.param_groups import backbone_share, param_groups
 
 from .models import record_head, tiny_bert, tiny_timm, torchvision_model
 
@@ -50,6 +52,53 @@ def test_rates_of_head_and_backbone() -> None:
     assert {group["lr"] for name, group in held.items() if name not in head} == {1e-3}
     held = _by_parameter(model, param_groups(model, lr=1e-2, backbone_lr=5e-5))
     assert {group["lr"] for name, group in held.items() if name not in head} == {5e-5}
+
+
+def _for_pictures(init: str, **options: object) -> nn.Module:
+    """A network with a convolution, its head started by a scheme on 40 examples of two classes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    labels = torch.arange(40) % 2
+    pictures = torch.randn(40, 3, 5, 5) + labels[:, None, None, None]
+    model = attach_head(model, 2, init="zeros")
+    return init_head(model, init, data=(pictures, labels), **options)
+
+
+NOT_FINISHED = {"lsuv", "he", "zeros", "library", "torch", "xavier", "lecun", "normal", "bert", "trunc_normal"}
+NOT_FINISHED |= {"scaled_down", "uniform", "orthogonal", "etf"}
+
+
+@pytest.mark.parametrize("init", sorted(set(schemes.available()) - {"multi_proxy", "source"}))
+def test_the_backbone_of_a_finished_start_on_pictures_trains_at_a_hundredth(init: str) -> None:
+    model = _for_pictures(init)
+    assert record_of(model).from_data is (init not in NOT_FINISHED)
+    share = 0.1 if init in NOT_FINISHED else 0.01
+    assert backbone_share(model) == share
+    held = _by_parameter(model, param_groups(model, lr=1e-2))
+    assert held["0.weight"]["lr"] == pytest.approx(share * 1e-2)
+    assert held["4.weight"]["lr"] == 1e-2
+    held = _by_parameter(model, param_groups(model, lr=1e-2, optimizer="sgd"))
+    assert held["0.weight"]["lr"] == pytest.approx(1e-3)
+
+
+def test_a_random_start_under_modifiers_that_read_data_is_not_finished() -> None:
+    for options in ({"prior_bias": True}, {"standardise": True}, {"logit_std": 0.5}, {"energy": 0.4}):
+        assert backbone_share(_for_pictures("normal", **options)) == 0.1, options
+    assert backbone_share(_for_pictures("ridge", standardise=True)) == 0.01
+    assert backbone_share(init_head(_for_pictures("ridge"), "he")) == 0.1  # the last word counts
+
+
+def test_text_and_random_backbones_keep_the_tenth() -> None:
+    labels = torch.arange(12) % 2
+    text = attach_head(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), 2, init="zeros")
+    init_head(text, "ridge", data=(torch.randn(12, 4) + labels[:, None], labels))
+    assert record_of(text).from_data
+    assert backbone_share(text) == 0.1
+    random = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    pictures = torch.randn(12, 3, 5, 5) + labels[:, None, None, None]
+    random = attach_head(random, 2, init="ridge", data=(pictures, labels), pretrained=False)
+    assert record_of(random).from_data
+    assert backbone_share(random) == 0.1
 
 
 def test_new_parameters_outside_the_head_train_at_its_rate() -> None:

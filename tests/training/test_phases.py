@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headinit.analysis.metrics import metrics_for
+from headinit.attach import attach_head
 from headinit.data.loading import TensorBatches
 from headinit.errors import ConfigError, HeadError
 from headinit.features.extract import extract_features
@@ -148,6 +149,23 @@ def test_without_epochs_for_the_probe_it_is_plain_fine_tuning() -> None:
     expected = finetune(plain, train, validation, replace(RECIPE, backbone_lr=0.05 * RECIPE.lr), cpu=True)
     assert_equal_bits(model, plain)
     assert [row["nll"] for row in outcome.history] == [row["nll"] for row in expected.history]
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [({}, 0.005), ({"optimizer": "sgd"}, 0.05), ({"backbone_share": 0.02}, 0.02), ({"backbone_lr": 1e-4}, None)],
+)
+def test_lp_ft_halves_the_rate_that_suits_the_start(given: dict[str, Any], share: float | None) -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(16) % 2
+    pictures = torch.randn(16, 3, 5, 5) + labels[:, None, None, None]
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    model = attach_head(network, 2, init="ridge", data=(pictures, labels))
+    recipe = replace(RECIPE, epochs=1, lr=1e-2, **given)
+    phases = lp_ft_phases(recipe, probe_epochs=0)
+    data = TensorBatches(pictures, labels, 8)
+    outcome = finetune_in_phases(model, data, data, recipe, phases, cpu=True)
+    assert outcome.rates == {"backbone": pytest.approx(1e-4 if share is None else share * 1e-2), "head": 1e-2}
 
 
 def test_frozen_stages_do_not_move_before_their_phase(monkeypatch: pytest.MonkeyPatch) -> None:

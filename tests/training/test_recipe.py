@@ -27,6 +27,8 @@ from headinit.training.recipe import Recipe
         ({"schedule": "cos"}, "Unknown schedule 'cos'"),
         ({"precision": "bf61"}, "Unknown precision 'bf61'"),
         ({"monitor": "acuracy"}, "Did you mean 'accuracy'"),
+        ({"backbone_share": -0.1}, "backbone_share=-0.1"),
+        ({"backbone_lr": 1e-4, "backbone_share": 0.1}, "give one of the two"),
         ({"optimizer": "sgd", "momentum": 0.0}, "Nesterov momentum needs"),
     ],
 )
