@@ -112,6 +112,7 @@ class RunRow:
         history: pairs (step, validation accuracy).
         init_loss, feature_gradient: loss at the start; mean norm of dL/dx there.
         seconds: wall-clock seconds of the run.
+        backbone_lr: highest learning rate of the pretrained layers; None where none trained.
         status: ``"finished"``, or why it stopped.
         majority: share of the most frequent class in the validation split, None if unknown.
     """
@@ -132,6 +133,7 @@ class RunRow:
     init_loss: float | None = None
     feature_gradient: float | None = None
     seconds: float = 0.0
+    backbone_lr: float | None = None
     status: str = "finished"
     majority: float | None = None
 
@@ -171,6 +173,7 @@ class RunRow:
             init_loss=record.init.get("loss"),
             feature_gradient=record.init.get("feature_gradient"),
             seconds=float(sum(record.seconds.values())),
+            backbone_lr=max((rate for name, rate in record.rates.items() if name != "head"), default=None),
             status=record.status,
             majority=record.init.get("majority"),
         )

@@ -89,6 +89,7 @@ class SchemeSummary:
         seconds: mean wall-clock seconds of a run.
         init_loss, feature_gradient: means at the start.
         best_of: expected best validation value of n settings tried, n = 1, 2, ...
+        backbone_lr: learning rate of the pretrained layers; None where none trained.
     """
 
     init: str
@@ -112,6 +113,7 @@ class SchemeSummary:
     init_loss: float | None
     feature_gradient: float | None
     best_of: tuple[float, ...]
+    backbone_lr: float | None = None
 
     @property
     def standing(self) -> float:
@@ -560,7 +562,7 @@ def conclude_block(block: BlockAnalysis, margin: float = 0.005) -> str:
     }
     lines += [f"{titles[name]}: {'; '.join(entries)}." for name, entries in groups.items() if entries]
     lines += _failure_lines(block)
-    lines += _sureness_lines(block, best)
+    lines += _sureness_lines(block, best) + _rate_lines(block)
     return "\n".join(lines)
 
 
@@ -700,6 +702,7 @@ def _summarise(
         init_loss=_mean_of(row.init_loss for row in rows),
         feature_gradient=_mean_of(row.feature_gradient for row in rows),
         best_of=tuple(expected_best(trials, HIGHER_IS_BETTER.get(metric, True))),
+        backbone_lr=max((row.backbone_lr for row in rows if row.backbone_lr is not None), default=None),
     )
 
 
@@ -774,6 +777,17 @@ def _failure_lines(block: BlockAnalysis) -> list[str]:
     if not failures:
         return []
     return [f"Failed runs (at or below the majority class, or not finished), all settings: {', '.join(failures)}."]
+
+
+def _rate_lines(block: BlockAnalysis) -> list[str]:
+    shares = {s.init: f"{s.backbone_lr / s.lr:.3g}" for s in block.summaries if s.backbone_lr is not None}
+    if len(set(shares.values())) < 2:
+        return []
+    named = ", ".join(f"{init} {share}" for init, share in shares.items())
+    return [
+        f"The pretrained layers trained at different shares of the head's rate ({named}): optim.backbone_share=0.1 "
+        "compares the starts alone."
+    ]
 
 
 def _sureness_lines(block: BlockAnalysis, best: SchemeSummary) -> list[str]:

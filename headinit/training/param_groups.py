@@ -18,9 +18,9 @@ Features with Deep Adaptation Networks", train the new classifier at 10 times th
 transfer-learning libraries (TLlib) have kept that ratio."""
 
 FINISHED_START_SHARE = 0.01
-"""The same for AdamW in a network for pictures whose head was computed from data. Adam moves a weight by the rate
-however small its gradient is, so that a tenth takes the features away from a head with little left to learn; SGD does
-not (docs/choosing.md has the measurement)."""
+"""The same for AdamW in a network for pictures whose head is finished: computed from data, or probed. Adam moves a
+weight by the rate however small its gradient is, so that a tenth takes the features away from a head with little left
+to learn; SGD does not (docs/choosing.md has the measurement)."""
 
 # Raw parameters that are tokens or positions: decaying them pulls the input of every layer towards zero.
 _TOKEN = re.compile(
@@ -95,12 +95,17 @@ def param_groups(
     return [groups[name] for name in sorted(groups, key=lambda n: (n.startswith("head"), n))]
 
 
-def backbone_share(model: nn.Module, optimizer: str = "adamw") -> float:
+def backbone_share(model: nn.Module, optimizer: str = "adamw", *, probed: bool = False) -> float:
     """The learning rate of pretrained layers, as a share of the head's, where none is given.
+
+    Args:
+        model: with or without a head of headinit's.
+        optimizer: ``"adamw"`` or ``"sgd"``.
+        probed: whether the head has been trained before.
 
     Returns:
         .1; with AdamW, in a network for pictures (one with two-dimensional convolutions) whose head was computed from
-        data, .01. Adapters that PEFT put into it are not pretrained: they get .1.
+        data or probed, .01. Adapters that PEFT put into it are not pretrained: they get .1.
 
     Example:
         >>> backbone_share(nn.Linear(4, 2))
@@ -109,7 +114,7 @@ def backbone_share(model: nn.Module, optimizer: str = "adamw") -> float:
     bare = unwrap(model)
     if optimizer != "adamw" or is_adapted(bare) or not has_record(bare):
         return BACKBONE_SHARE
-    finished = record_of(bare).from_data and record_of(bare).pretrained
+    finished = (probed or record_of(bare).from_data) and record_of(bare).pretrained
     pictures = any(isinstance(module, nn.Conv2d) for module in bare.modules())
     return FINISHED_START_SHARE if finished and pictures else BACKBONE_SHARE
 

@@ -31,9 +31,10 @@ SCHEDULED_POLICIES = ("lp_ft", "gradual")
 PROBE_FACTOR = 10.0
 """The probe's learning rate as a multiple of the one at which its head goes on when everything trains."""
 
-LP_FT_BACKBONE_FACTOR = 0.5
-"""Backbone learning rate of the second phase of `lp_ft`, where none is given: half of what it is otherwise, for a
-trained head has no large gradients to send into it."""
+LP_FT_BACKBONE_SHARE = 0.05
+"""Backbone learning rate of the second phase of `lp_ft` as a share of the head's, where none is given and no lower one
+suits a finished head: half of what a network in front of a fresh head gets, for a trained head has no large gradients
+to send into it."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Phase:
         policy: what `freeze` takes.
         epochs: passes over the training data.
         lr, backbone_lr: peak learning rates; None for those of the recipe.
-        backbone_factor: of the backbone's rate where neither the phase nor the recipe gives one.
+        probed: whether the head is finished by then; where no rate of the backbone is given, it takes one that suits.
 
     Example:
         >>> Phase("top", 1, epochs=2).policy
@@ -57,14 +58,15 @@ class Phase:
     epochs: int
     lr: float | None = None
     backbone_lr: float | None = None
-    backbone_factor: float = 1.0
+    probed: bool = False
 
 
 def lp_ft_phases(recipe: Recipe, *, probe_epochs: int = 30, probe_lr: float | None = None) -> tuple[Phase, ...]:
     """Linear probing, then fine-tuning (Kumar et al., 2022): the head alone first, then everything.
 
     Args:
-        recipe: of the second phase. Where it gives no rate of the backbone, that is half of what it is otherwise.
+        recipe: of the second phase. Where it gives no rate of the backbone, that is a twentieth of `lr`, or less where
+            `param_groups.backbone_share` says so.
         probe_epochs: of the first phase; 0 leaves it out, for a head that starts finished.
         probe_lr: of the first phase; None for ten times `recipe.lr`.
 
@@ -79,7 +81,7 @@ def lp_ft_phases(recipe: Recipe, *, probe_epochs: int = 30, probe_lr: float | No
     probe_lr = PROBE_FACTOR * recipe.lr if probe_lr is None else probe_lr
     return (
         Phase("probe", "all", probe_epochs, probe_lr),
-        Phase("everything", "none", recipe.epochs, recipe.lr, backbone_factor=LP_FT_BACKBONE_FACTOR),
+        Phase("everything", "none", recipe.epochs, recipe.lr, probed=True),
     )
 
 
@@ -219,8 +221,9 @@ def _recipe_of(recipe: Recipe, phase: Phase, index: int, model: nn.Module) -> Re
     """The recipe of a phase; dropout (and the order of a DataLoader) does not repeat that of the phase before."""
     if phase.backbone_lr is not None:
         recipe = replace(recipe, backbone_lr=phase.backbone_lr, backbone_share=None)
-    elif phase.backbone_factor != 1.0 and recipe.backbone_lr is None and recipe.backbone_share is None:
-        recipe = replace(recipe, backbone_share=phase.backbone_factor * backbone_share(model, recipe.optimizer))
+    elif phase.probed and recipe.backbone_lr is None and recipe.backbone_share is None:
+        share = min(LP_FT_BACKBONE_SHARE, backbone_share(model, recipe.optimizer, probed=True))
+        recipe = replace(recipe, backbone_share=share)
     return replace(
         recipe,
         epochs=phase.epochs,

@@ -195,6 +195,9 @@ def test_row_takes_its_factors_from_the_configuration() -> None:
     assert row.test == {"accuracy": 0.85}
     assert row.history == ((10, 0.5), (20, 0.9))
     assert (row.init_loss, row.feature_gradient, row.seconds) == (2.5, 0.7, 4.0)
+    assert row.backbone_lr is None
+    layered = record(rates={"head": 1e-2, "backbone/00": 1e-5, "backbone/12": 1e-4})
+    assert RunRow.from_record(layered).backbone_lr == 1e-4
     plain_names = RunRow.from_record(record(config={"init": "zeros", "optim": {"lr": 1}, "freeze": "none"}, test=None))
     assert (plain_names.init, plain_names.freeze, plain_names.test) == ("zeros", "none", {})
     with pytest.raises(ConfigError, match=r"optim\.lr"):

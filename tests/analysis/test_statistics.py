@@ -407,3 +407,19 @@ def test_blocks_are_kept_apart_and_ranked_over_data() -> None:
         "digits, freeze=all",
         "digits, freeze=none, 5 per class",
     ]
+
+
+def test_different_shares_of_the_rate_are_said() -> None:
+    def rows(init: str, share: float | None):
+        return [
+            row(init, lr, seed, val=0.8 + lr, test=0.8 + seed / 100, backbone_lr=None if share is None else share * lr)
+            for lr in (0.01, 0.1)
+            for seed in range(2)
+        ]
+
+    said = conclusion([*rows("he", 0.1), *rows("auto", 0.01), *rows("zeros", 0.1)])
+    for init, share in (("he", "0.1"), ("zeros", "0.1"), ("auto", "0.01")):
+        assert f"{init} {share}" in said
+    assert "optim.backbone_share=0.1 compares the starts alone" in said
+    for same in ((0.1, 0.1), (None, None)):
+        assert "backbone_share" not in conclusion([*rows("he", same[0]), *rows("auto", same[1])])

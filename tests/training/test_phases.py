@@ -151,16 +151,17 @@ def test_without_epochs_for_the_probe_it_is_plain_fine_tuning() -> None:
     assert [row["nll"] for row in outcome.history] == [row["nll"] for row in expected.history]
 
 
+@pytest.mark.parametrize("init", ["he", "ridge"])
 @pytest.mark.parametrize(
     ("given", "share"),
-    [({}, 0.005), ({"optimizer": "sgd"}, 0.05), ({"backbone_share": 0.02}, 0.02), ({"backbone_lr": 1e-4}, None)],
+    [({}, 0.01), ({"optimizer": "sgd"}, 0.05), ({"backbone_share": 0.02}, 0.02), ({"backbone_lr": 1e-4}, None)],
 )
-def test_lp_ft_halves_the_rate_that_suits_the_start(given: dict[str, Any], share: float | None) -> None:
+def test_lp_ft_takes_a_rate_that_suits_a_finished_head(init: str, given: dict[str, Any], share: float | None) -> None:
     torch.manual_seed(0)
     labels = torch.arange(16) % 2
     pictures = torch.randn(16, 3, 5, 5) + labels[:, None, None, None]
     network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
-    model = attach_head(network, 2, init="ridge", data=(pictures, labels))
+    model = attach_head(network, 2, init=init, data=(pictures, labels) if init == "ridge" else None)
     recipe = replace(RECIPE, epochs=1, lr=1e-2, **given)
     phases = lp_ft_phases(recipe, probe_epochs=0)
     data = TensorBatches(pictures, labels, 8)
