@@ -45,7 +45,7 @@ class Phase:
         name: in the rows of the history.
         policy: what `freeze` takes.
         epochs: passes over the training data.
-        lr, backbone_lr: peak learning rates; None for those of the recipe.
+        lr: peak learning rate of the head; None for that of the recipe.
         probed: whether the head is finished by then; where no rate of the backbone is given, it takes one that suits.
 
     Example:
@@ -57,7 +57,6 @@ class Phase:
     policy: str | int | Sequence[str]
     epochs: int
     lr: float | None = None
-    backbone_lr: float | None = None
     probed: bool = False
 
 
@@ -219,15 +218,14 @@ class _Later:
 
 def _recipe_of(recipe: Recipe, phase: Phase, index: int, model: nn.Module) -> Recipe:
     """The recipe of a phase; dropout (and the order of a DataLoader) does not repeat that of the phase before."""
-    if phase.backbone_lr is not None:
-        recipe = replace(recipe, backbone_lr=phase.backbone_lr, backbone_share=None)
-    elif phase.probed and recipe.backbone_lr is None and recipe.backbone_share is None:
+    share = recipe.backbone_share
+    if phase.probed and recipe.backbone_lr is None and share is None:
         share = min(LP_FT_BACKBONE_SHARE, backbone_share(model, recipe.optimizer, probed=True))
-        recipe = replace(recipe, backbone_share=share)
     return replace(
         recipe,
         epochs=phase.epochs,
         lr=recipe.lr if phase.lr is None else phase.lr,
+        backbone_share=share,
         seed=derived_seed(recipe.seed, f"phase/{index}") if index else recipe.seed,
     )
 
